@@ -1,0 +1,206 @@
+"""Contract: one job, on whose terms, where, for whom; and the veto against one."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, StringConstraints, field_validator, model_validator
+
+from cenacle.documents.approval import Rule, parties_of
+from cenacle.documents.base import (
+    Digest,
+    Document,
+    Frozen,
+    Name,
+    Natural,
+    NonEmpty,
+    Timestamp,
+)
+from cenacle.documents.protection import EVIDENCE_KINDS, Protection, at_least, protection_of
+from cenacle.documents.recipe import Recipe
+from cenacle.documents.terms import OutputKind
+
+__all__ = [
+    "AssetRef",
+    "Contract",
+    "EnclaveRequirements",
+    "Job",
+    "OffloadPlan",
+    "Output",
+    "Payment",
+    "ProgramJob",
+    "RecipeJob",
+    "Veto",
+]
+
+Measurement = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_.-]{0,62}$")]
+EntryPoint = Annotated[
+    str, StringConstraints(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$", max_length=200)
+]
+
+
+class AssetRef(Frozen):
+    """An asset by the digest of its manifest, and whose it is."""
+
+    digest: Digest
+    owner: Name
+
+
+class RecipeJob(Frozen):
+    """Training declared in the contract itself: no custom code."""
+
+    type: Literal["recipe"] = "recipe"
+    recipe: Recipe
+    checkpoint_every: Natural = 0
+
+    def program_digest(self) -> str:
+        """What the ``program`` measurement must be: the digest of the canonical recipe."""
+        return self.recipe.digest
+
+
+class ProgramJob(Frozen):
+    """A sealed package with an entry point ``module:function`` taking the job's context."""
+
+    type: Literal["program"] = "program"
+    program: Name
+    entry: EntryPoint = "main:run"
+    parameters: dict[str, Any] = Field(default_factory=dict)
+
+
+Job = Annotated[RecipeJob | ProgramJob, Field(discriminator="type")]
+
+
+class EnclaveRequirements(Frozen):
+    """Which enclaves may run the job.
+
+    Attributes:
+        reference: accepted measurements by evidence kind: every one listed must be shown by
+            the evidence with one of the accepted digests, and a kind that is not listed is
+            not accepted. The ``program`` measurement follows from the job and is not listed.
+        layers: sandbox layers that must be active.
+    """
+
+    reference: Annotated[
+        dict[
+            Literal[*EVIDENCE_KINDS],  # type: ignore[valid-type]
+            Annotated[
+                dict[Measurement, Annotated[tuple[Digest, ...], Field(min_length=1)]],
+                Field(min_length=1),
+            ],
+        ],
+        Field(min_length=1),
+    ]
+    layers: tuple[Name, ...] = ()
+
+    @property
+    def weakest(self) -> Protection:
+        """The weakest protection that the contract accepts."""
+        kinds = [protection_of(kind) for kind in self.reference]
+        return next(k for k in kinds if all(at_least(other, k) for other in kinds))
+
+
+class OffloadPlan(Frozen):
+    """Under which scheme algebra leaves the enclave; ``enclave``: it does not."""
+
+    scheme: Literal["enclave"] = "enclave"
+
+
+class Output(Frozen):
+    """Something that leaves the enclave, sealed to one party."""
+
+    name: Name
+    kind: OutputKind
+    recipient: Name
+
+
+class Payment(Frozen):
+    """What one party owes another for the job, in the currency's minor unit."""
+
+    payer: Name
+    payee: Name
+    amount: Natural
+    currency: Annotated[str, StringConstraints(pattern=r"^[A-Z]{3}$")]
+
+
+class Contract(Document):
+    """One job. Its digest is what parties sign and what evidence is bound to.
+
+    Attributes:
+        parties: everyone involved, each pinned by the digest of the Party document.
+        assets: inputs by the alias under which the job sees them.
+        approval: who must have signed.
+        vetoes: parties any one of whom can stop the job with a signed veto.
+        replaces: digest of the contract that this one supersedes. The broker accepts one
+            successor only, so that no update is lost.
+        broker: digest of the broker's keys.
+    """
+
+    media_type = "application/vnd.cenacle.contract+json"
+
+    kind: Literal["contract"] = "contract"
+    version: Literal[1] = 1
+    name: Name
+    purpose: NonEmpty
+    broker: Digest
+    parties: Annotated[dict[Name, Digest], Field(min_length=1, max_length=100)]
+    assets: Annotated[dict[Name, AssetRef], Field(min_length=1, max_length=1000)]
+    job: Job
+    enclave: EnclaveRequirements
+    offload: OffloadPlan = OffloadPlan()
+    outputs: Annotated[tuple[Output, ...], Field(min_length=1, max_length=100)]
+    approval: Rule
+    vetoes: tuple[Name, ...] = ()
+    payments: tuple[Payment, ...] = ()
+    replaces: Digest | None = None
+    expires: Timestamp
+
+    @field_validator("outputs")
+    @classmethod
+    def _outputs_differ(cls, outputs: tuple[Output, ...]) -> tuple[Output, ...]:
+        names = [output.name for output in outputs]
+        if len(set(names)) != len(names):
+            raise ValueError("two outputs have the same name")
+        return outputs
+
+    @model_validator(mode="after")
+    def _names_resolve(self) -> Self:
+        named = {
+            "assets": {ref.owner for ref in self.assets.values()},
+            "outputs": {output.recipient for output in self.outputs},
+            "approval": set(parties_of(self.approval)),
+            "vetoes": set(self.vetoes),
+            "payments": {p for pay in self.payments for p in (pay.payer, pay.payee)},
+        }
+        for field, names in named.items():
+            if unknown := sorted(names - set(self.parties)):
+                raise ValueError(f"{field} name {', '.join(unknown)}, not listed under parties")
+        if len({ref.digest for ref in self.assets.values()}) != len(self.assets):
+            raise ValueError("one asset stands under two aliases")
+        wanted = (
+            {self.job.program} if isinstance(self.job, ProgramJob) else set(self.job.recipe.aliases)
+        )
+        if unknown := sorted(wanted - set(self.assets)):
+            raise ValueError(f"the job uses {', '.join(unknown)}, not listed under assets")
+        if isinstance(self.job, RecipeJob) and (unused := sorted(set(self.assets) - wanted)):
+            raise ValueError(f"the recipe does not use {', '.join(unused)}; remove from assets")
+        return self
+
+    def payment_to(self, payee: str, currency: str) -> int:
+        """The sum that others owe ``payee``; what a party pays itself does not count."""
+        return sum(
+            pay.amount
+            for pay in self.payments
+            if pay.payee == payee and pay.payer != payee and pay.currency == currency
+        )
+
+
+class Veto(Document):
+    """A party's signed refusal of one contract."""
+
+    media_type = "application/vnd.cenacle.veto+json"
+
+    kind: Literal["veto"] = "veto"
+    version: Literal[1] = 1
+    contract: Digest
+    party: Name
+    reason: NonEmpty

@@ -1,0 +1,252 @@
+"""Terms matched against a contract: every clause, with what was found and demanded.
+
+Pure: no clock, no store. What only the moment of use can tell (protection shown, uses left)
+comes in as :class:`UseFacts`; without them those clauses are ``pending``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+
+from cenacle.documents.asset import Asset
+from cenacle.documents.base import parse_time, short
+from cenacle.documents.clauses import Clause, check
+from cenacle.documents.contract import Contract, RecipeJob
+from cenacle.documents.protection import Protection, at_least
+from cenacle.documents.terms import PrivacyBudget
+
+__all__ = ["UseFacts", "match_terms"]
+
+
+@dataclass(frozen=True)
+class UseFacts:
+    """What the broker knows at the moment of use.
+
+    Attributes:
+        protection: what the evidence proved.
+        uses: runs of the asset that are reserved or settled already, this one not counted.
+    """
+
+    protection: Protection
+    uses: int
+
+
+def match_terms(
+    alias: str,
+    assets: Mapping[str, Asset],
+    contract: Contract,
+    *,
+    now: datetime,
+    signed: frozenset[str],
+    facts: UseFacts | None = None,
+) -> list[Clause]:
+    """Every clause of one asset's terms, in a fixed order.
+
+    Args:
+        alias: the asset's name in the contract.
+        assets: the contract's assets by alias, their manifests verified.
+        now: the moment of decision, aware.
+        signed: parties whose signature of this contract was verified.
+        facts: ``None`` for a review before the job.
+    """
+    asset = assets[alias]
+    terms = asset.terms
+    subject = f"asset {alias} of {asset.owner}"
+
+    def clause(name: str, met: bool, found: object, demanded: object, remedy: str) -> Clause:
+        return check(subject, name, met, found, demanded, remedy)
+
+    return [
+        _identity(alias, asset, contract, subject),
+        clause(
+            "broker",
+            asset.broker == contract.broker,
+            short(contract.broker),
+            short(asset.broker),
+            "seal the asset again for this broker",
+        ),
+        _approval(asset, signed, subject),
+        _protection(asset, contract, facts, subject),
+        _job(alias, assets, contract, subject),
+        clause(
+            "offload",
+            contract.offload.scheme in terms.offload,
+            contract.offload.scheme,
+            _listed(terms.offload),
+            "choose a scheme that the owner allows",
+        ),
+        _privacy(asset, subject),
+        clause(
+            "outputs",
+            all(output.kind in terms.outputs for output in contract.outputs),
+            _listed(sorted({output.kind for output in contract.outputs})),
+            _listed(terms.outputs),
+            "drop the output, or ask the owner to allow its kind",
+        ),
+        _recipients(asset, contract, subject),
+        clause(
+            "purpose",
+            contract.purpose in terms.purposes,
+            repr(contract.purpose),
+            _listed([repr(p) for p in terms.purposes]),
+            "state a purpose that the owner allows",
+        ),
+        _uses(asset, facts, subject),
+        clause(
+            "expires",
+            now <= parse_time(terms.expires),
+            now.strftime("%Y-%m-%d %H:%M"),
+            f"until {terms.expires}",
+            "ask the owner to seal new terms",
+        ),
+        _price(asset, contract, subject),
+    ]
+
+
+def _listed(items: Iterable[object]) -> str:
+    return ", ".join(str(item) for item in items) or "none"
+
+
+def _identity(alias: str, asset: Asset, contract: Contract, subject: str) -> Clause:
+    ref = contract.assets.get(alias)
+    found = (
+        "not in the contract"
+        if ref is None
+        else f"{short(ref.digest)} of {ref.owner} ({short(contract.parties[ref.owner])})"
+    )
+    return check(
+        subject,
+        "identity",
+        ref is not None
+        and ref.digest == asset.digest
+        and ref.owner == asset.owner
+        and contract.parties[ref.owner] == asset.owner_digest,
+        found,
+        f"{short(asset.digest)} of {asset.owner} ({short(asset.owner_digest)})",
+        "draft the contract again from the asset's current manifest",
+    )
+
+
+def _approval(asset: Asset, signed: frozenset[str], subject: str) -> Clause:
+    by_terms = asset.terms.approval == "terms"
+    return check(
+        subject,
+        "approval",
+        by_terms or asset.owner in signed,
+        "the terms suffice" if by_terms else f"signed by {_listed(sorted(signed))}",
+        "no signature beyond the terms" if by_terms else f"the signature of {asset.owner}",
+        f"{asset.owner} runs `cenacle sign`",
+    )
+
+
+def _protection(asset: Asset, contract: Contract, facts: UseFacts | None, subject: str) -> Clause:
+    demanded = asset.terms.protection
+    shown = contract.enclave.weakest if facts is None else facts.protection
+    met = at_least(shown, demanded)
+    clause = check(
+        subject,
+        "protection",
+        met,
+        f"{shown}" + (" accepted by the contract" if facts is None else " proved by evidence"),
+        f"{demanded} or stronger",
+        "run on stronger hardware, or ask the owner to accept less",
+    )
+    if facts is None and met:
+        return clause.model_copy(update={"verdict": "pending"})
+    return clause
+
+
+def _job(alias: str, assets: Mapping[str, Asset], contract: Contract, subject: str) -> Clause:
+    terms, job = assets[alias].terms, contract.job
+    if isinstance(job, RecipeJob):
+        digest, model = job.program_digest(), job.recipe.model.type
+        return check(
+            subject,
+            "recipe",
+            model in terms.recipes or digest in terms.recipes,
+            f"{model} ({short(digest)})",
+            _listed(short(r) if r.startswith("sha256:") else r for r in terms.recipes),
+            "choose a recipe that the owner allows",
+        )
+    package = assets[job.program].package
+    if alias == job.program:
+        return check(subject, "program", package is not None, assets[alias].type, "program")
+    return check(
+        subject,
+        "program",
+        package is not None and package in terms.programs,
+        "not a program" if package is None else short(package),
+        _listed(short(p) for p in terms.programs),
+        "ask the owner to allow this very program",
+    )
+
+
+def _privacy(asset: Asset, subject: str) -> Clause:
+    # No contract can state a privacy plan yet, so every job's loss is unbounded.
+    budget = asset.terms.privacy
+    bounded = isinstance(budget, PrivacyBudget)
+    return check(
+        subject,
+        "privacy",
+        not bounded,
+        "no differential privacy: epsilon unbounded",
+        f"epsilon <= {budget.epsilon} at delta {budget.delta} in total"
+        if isinstance(budget, PrivacyBudget)
+        else "no bound",
+        "the owner must state `privacy: unbounded` for a job without differential privacy",
+    )
+
+
+def _recipients(asset: Asset, contract: Contract, subject: str) -> Clause:
+    allowed = asset.terms.recipients
+    patterns = (asset.owner,) if allowed is None else allowed
+    accepted = {f"{name}@{digest}" for name, digest in contract.parties.items()}
+    names = {
+        pattern.split("@")[0] for pattern in patterns if "@" not in pattern or pattern in accepted
+    }
+    receivers = sorted({output.recipient for output in contract.outputs})
+    return check(
+        subject,
+        "recipients",
+        all(receiver in names for receiver in receivers),
+        _listed(receivers),
+        _listed(pattern[:90] for pattern in patterns),
+        "send outputs only to parties that the owner allows",
+    )
+
+
+def _uses(asset: Asset, facts: UseFacts | None, subject: str) -> Clause:
+    limit = asset.terms.uses
+    if facts is None:
+        return Clause(
+            subject=subject,
+            name="uses",
+            found="known when the enclave asks",
+            demanded=f"at most {limit}",
+            verdict="pending",
+        )
+    return check(
+        subject,
+        "uses",
+        facts.uses + 1 <= limit,
+        f"use {facts.uses + 1}",
+        f"at most {limit}",
+        "ask the owner for more uses",
+    )
+
+
+def _price(asset: Asset, contract: Contract, subject: str) -> Clause:
+    price = asset.terms.price
+    if price is None:
+        return check(subject, "price", True, "nothing asked", "nothing")
+    paid = contract.payment_to(asset.owner, price.currency)
+    return check(
+        subject,
+        "price",
+        paid >= price.amount,
+        f"{paid / 100:.2f} {price.currency} to {asset.owner}",
+        f"{price.amount / 100:.2f} {price.currency}",
+        "add a payment to the owner",
+    )

@@ -1,0 +1,168 @@
+"""Receipt: an in-toto Statement (v1) about one finished job, signed by the enclave.
+
+The statement's subjects are the sealed outputs. The signing key is vouched for by the
+evidence that travels with the receipt, so anyone can verify it offline (see
+``cenacle.attestation.receipts``).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final, Literal, Self
+
+from pydantic import Field, model_validator
+
+from cenacle.documents.base import (
+    Base64,
+    Digest,
+    Document,
+    Frozen,
+    Name,
+    Natural,
+    NonEmpty,
+    Timestamp,
+)
+from cenacle.documents.protection import Protection
+from cenacle.documents.terms import OutputKind
+
+__all__ = [
+    "PREDICATE_TYPE",
+    "InputRecord",
+    "LeakageRecord",
+    "LogInclusion",
+    "OutputRecord",
+    "Receipt",
+    "ReceiptBundle",
+    "Statement",
+    "Subject",
+]
+
+PREDICATE_TYPE: Final = "https://cenacle.dev/receipt/v1"
+Hidden = Literal["hidden", "obfuscated", "partial", "plaintext"]
+
+
+class LeakageRecord(Frozen):
+    """What leaves the enclave for accelerators under a scheme, part by part."""
+
+    scheme: NonEmpty
+    inputs: Hidden
+    weights: Hidden
+    activations: Hidden
+    gradients: Hidden
+    labels: Hidden
+    note: NonEmpty
+
+
+class InputRecord(Frozen):
+    """An asset that the job read, by its manifest and by its verified ciphertext."""
+
+    asset: Digest
+    content: Digest
+    owner: Name
+
+
+class OutputRecord(Frozen):
+    """A sealed output and its key, wrapped to the recipient alone."""
+
+    name: Name
+    kind: OutputKind
+    recipient: Name
+    header: Digest
+    content: Digest
+    size: Natural
+    wrapped_key: Base64
+
+    @staticmethod
+    def wrapping_context(contract: str, name: str, header: str) -> tuple[bytes, ...]:
+        """What the wrapped output key is bound to."""
+        return (b"cenacle/output-key", contract.encode(), name.encode(), header.encode())
+
+
+class LogInclusion(Frozen):
+    """A log entry with the proof that a signed tree head includes it (RFC 9162, 2.1.3)."""
+
+    index: Natural
+    entry: Base64
+    path: tuple[Digest, ...]
+    head: NonEmpty
+
+
+class Receipt(Frozen):
+    """The predicate: what was done, where, on what, and what may have leaked."""
+
+    contract: Digest
+    run: NonEmpty
+    broker: Digest
+    evidence_kind: Name
+    evidence: Digest
+    protection: Protection
+    measurements: Annotated[dict[str, Digest], Field(min_length=1)]
+    layers: tuple[Name, ...]
+    inputs: Annotated[dict[Name, InputRecord], Field(min_length=1)]
+    outputs: Annotated[tuple[OutputRecord, ...], Field(min_length=1)]
+    privacy: NonEmpty
+    offload: LeakageRecord
+    resumed: Natural
+    started: Timestamp
+    finished: Timestamp
+    release: LogInclusion
+    settlement: LogInclusion
+
+
+class Subject(Frozen):
+    """An in-toto ResourceDescriptor, reduced to name and SHA-256."""
+
+    name: NonEmpty
+    digest: dict[Literal["sha256"], Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]]
+
+
+class Statement(Document):
+    """The in-toto Statement v1 whose predicate is a :class:`Receipt`."""
+
+    media_type = "application/vnd.in-toto+json"
+
+    type: Literal["https://in-toto.io/Statement/v1"] = Field(
+        default="https://in-toto.io/Statement/v1", alias="_type"
+    )
+    subject: Annotated[tuple[Subject, ...], Field(min_length=1)]
+    predicateType: Literal["https://cenacle.dev/receipt/v1"] = PREDICATE_TYPE  # noqa: N815
+    predicate: Receipt
+
+    def to_fields(self) -> dict[str, Any]:
+        return self.model_dump(mode="json", exclude_none=True, by_alias=True)
+
+    @classmethod
+    def of(cls, receipt: Receipt) -> Self:
+        """The statement whose subjects are the receipt's outputs."""
+        return cls(
+            subject=tuple(
+                Subject(name=o.name, digest={"sha256": o.content.removeprefix("sha256:")})
+                for o in receipt.outputs
+            ),
+            predicate=receipt,
+        )
+
+    @model_validator(mode="after")
+    def _subjects_are_outputs(self) -> Self:
+        named = [(s.name, f"sha256:{s.digest.get('sha256')}") for s in self.subject]
+        if named != [(o.name, o.content) for o in self.predicate.outputs]:
+            raise ValueError("the statement's subjects are not the receipt's outputs")
+        return self
+
+
+class ReceiptBundle(Document):
+    """Everything that verifying a receipt needs, in one file.
+
+    Envelopes are DSSE JSON fields. ``broker`` is the broker's public identity; whoever
+    verifies compares its digest with the one that the parties pinned.
+    """
+
+    media_type = "application/vnd.cenacle.receipt-bundle+json"
+
+    kind: Literal["receipt"] = "receipt"
+    version: Literal[1] = 1
+    statement: dict[str, Any]
+    evidence: dict[str, Any]
+    contract: dict[str, Any]
+    parties: tuple[dict[str, Any], ...]
+    assets: dict[Name, dict[str, Any]]
+    broker: dict[str, Any]
