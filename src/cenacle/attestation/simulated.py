@@ -1,0 +1,175 @@
+"""Simulated evidence: real measurements, signed by a software key of this installation.
+
+It protects from nobody with root on the machine, who can read the key and sign anything.
+It exists so that every other part (freshness, binding, reference values, refusals) runs
+as with hardware. Its verifier exists only in brokers made for development.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Self
+
+from cenacle.attestation.binding import REPORT_DATA_BYTES
+from cenacle.attestation.claims import Claims, Evidence
+from cenacle.attestation.registry import Attester, Verifier
+from cenacle.crypto import SecretBytes, SigningKey, VerifyKey
+from cenacle.documents.base import (
+    Base64,
+    Digest,
+    Frozen,
+    Name,
+    Timestamp,
+    b64,
+    canonical_json,
+    format_time,
+    parse_time,
+    sha256_digest,
+    unb64,
+)
+from cenacle.errors import CenacleError, EvidenceError, InputError, SignatureError
+
+__all__ = ["InstallationKey", "SimulatedAttester", "SimulatedVerifier"]
+
+_KIND = "simulated"
+_DOMAIN = b"cenacle/simulated-evidence/v1\x00"
+
+
+class _Report(Frozen):
+    """What the installation key signs (all but ``signature``)."""
+
+    warning: str = "simulated: protects from nobody with root on the machine"
+    installation_key: Base64
+    measurements: dict[str, Digest]
+    layers: tuple[Name, ...]
+    report_data: Base64
+    issued: Timestamp
+    signature: Base64 | None = None
+
+    def message(self) -> bytes:
+        fields = self.to_fields()
+        fields.pop("signature", None)
+        return _DOMAIN + canonical_json(fields)
+
+
+class InstallationKey:
+    """The software key that stands in for a hardware vendor's, one per installation."""
+
+    def __init__(self, key: SigningKey) -> None:
+        self.key = key
+
+    @classmethod
+    def load_or_create(cls, path: Path) -> Self:
+        """Read the 32-byte seed, or make it once (mode 0600, never overwritten)."""
+        with contextlib.suppress(FileExistsError):
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            temporary = path.with_name(f".{path.name}.{os.getpid()}")
+            fd = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+            try:
+                view = SecretBytes.random(32).view()
+                os.write(fd, view)
+                os.fsync(fd)
+                os.link(temporary, path)  # fails if another process made the key first
+            finally:
+                os.close(fd)
+                temporary.unlink()
+        seed = path.read_bytes()
+        if len(seed) != 32:
+            raise InputError(
+                "the installation key is damaged",
+                found=f"{len(seed)} bytes in {path}",
+                expected="32 bytes",
+                remedy="remove the file to make a new key, and draft new contracts",
+            )
+        return cls(SigningKey.from_seed(SecretBytes(bytearray(seed))))
+
+    @property
+    def measurement(self) -> Digest:
+        """How contracts name the installation: the digest of its public key."""
+        return sha256_digest(self.key.verify_key.raw)
+
+
+class SimulatedAttester(Attester):
+    """Signs the measurements that it is given with the installation key."""
+
+    kind = _KIND
+
+    def __init__(self, installation: InstallationKey) -> None:
+        self._installation = installation
+
+    def attest(
+        self,
+        report_data: bytes,
+        measurements: Mapping[str, Digest],
+        layers: tuple[str, ...],
+        now: datetime,
+    ) -> Evidence:
+        report = _Report(
+            installation_key=b64(self._installation.key.verify_key.raw),
+            measurements=dict(measurements),
+            layers=layers,
+            report_data=b64(report_data),
+            issued=format_time(now),
+        )
+        signature = b64(self._installation.key.sign(report.message()))
+        body: dict[str, Any] = report.model_copy(update={"signature": signature}).to_fields()
+        return Evidence(kind=_KIND, body=body)
+
+
+class SimulatedVerifier(Verifier):
+    """Checks signature, binding and age; the installation itself is a measurement.
+
+    The key that signed becomes the measurement ``installation``, so a contract accepts only
+    the installations that its parties listed.
+    """
+
+    kind = _KIND
+
+    def authenticate(self, evidence: Evidence, report_data: bytes, now: datetime) -> Claims:
+        if evidence.kind != _KIND:
+            raise EvidenceError("evidence is of another kind", found=evidence.kind, expected=_KIND)
+        if len(report_data) != REPORT_DATA_BYTES:
+            raise EvidenceError(
+                "the expected report data has the wrong length",
+                found=f"{len(report_data)} bytes",
+                expected=f"{REPORT_DATA_BYTES} bytes",
+            )
+        try:
+            report = _Report.from_fields(evidence.body)
+            key = VerifyKey(unb64(report.installation_key))
+            key.verify(unb64(report.signature or ""), report.message())
+        except SignatureError:
+            raise EvidenceError(
+                "simulated evidence is not signed by the installation that it names",
+                found="another signature, or altered measurements",
+                expected="the installation key's signature over the whole report",
+                remedy="start the enclave again",
+            ) from None
+        except CenacleError as error:
+            raise EvidenceError(
+                "simulated evidence is malformed", found=error.diagnostics()
+            ) from None
+        if unb64(report.report_data) != report_data:
+            raise EvidenceError(
+                "evidence is bound to another nonce, contract or enclave key",
+                found=report.report_data[:16],
+                expected=b64(report_data)[:16],
+                remedy="evidence cannot be replayed or relayed: make fresh evidence",
+            )
+        if "installation" in report.measurements:
+            raise EvidenceError(
+                "evidence states its own installation", expected="only the key decides that"
+            )
+        issued = parse_time(report.issued).astimezone(UTC)
+        self.check_age(issued, now)
+        return Claims(
+            kind=_KIND,
+            protection=self.protection,
+            measurements={**report.measurements, "installation": sha256_digest(key.raw)},
+            layers=report.layers,
+            issued=issued,
+        )
