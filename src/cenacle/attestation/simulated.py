@@ -77,7 +77,17 @@ class InstallationKey:
             finally:
                 os.close(fd)
                 temporary.unlink()
-        seed = path.read_bytes()
+        return cls.load(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read the 32-byte seed; :class:`InputError` if it is missing or damaged."""
+        try:
+            seed = path.read_bytes()
+        except OSError as error:
+            raise InputError(
+                "the installation key cannot be read", found=f"{error.strerror}: {path}"
+            ) from None
         if len(seed) != 32:
             raise InputError(
                 "the installation key is damaged",

@@ -6,9 +6,9 @@ are never written: they follow from what the node reads.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, StringConstraints
+from pydantic import Field, StringConstraints, model_validator
 
 from cenacle.documents.base import Frozen
 
@@ -67,6 +67,11 @@ class _Join(Frozen):
     inputs: Annotated[tuple[NodeName, ...], Field(min_length=2, max_length=64)]
 
 
+def _refuse_pairs(op: str, sizes: tuple[object, ...]) -> None:
+    if op.endswith("1d") and any(isinstance(size, tuple) for size in sizes):
+        raise ValueError(f"{op} takes one size, not a pair")
+
+
 class Linear(_Node):
     """``torch.nn.Linear`` over the last axis."""
 
@@ -87,6 +92,12 @@ class Conv(_Node):
     groups: Width = 1
     bias: bool = True
 
+    @model_validator(mode="after")
+    def _one_size_per_axis(self) -> Self:
+        sizes = (self.kernel_size, self.stride, self.padding, self.dilation)
+        _refuse_pairs(self.op, sizes)
+        return self
+
 
 class Activation(_Node):
     op: ActivationName
@@ -97,6 +108,11 @@ class Pool(_Node):
     kernel_size: Size
     stride: Size | None = None
     padding: Pad = 0
+
+    @model_validator(mode="after")
+    def _one_size_per_axis(self) -> Self:
+        _refuse_pairs(self.op, (self.kernel_size, self.stride, self.padding))
+        return self
 
 
 class AdaptiveAvgPool(_Node):

@@ -2,7 +2,7 @@
 
 The statement's subjects are the sealed outputs. The signing key is vouched for by the
 evidence that travels with the receipt, so anyone can verify it offline (see
-``cenacle.attestation.receipts``).
+``cenacle.broker.receipts``).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from cenacle.documents.terms import OutputKind
 
 __all__ = [
     "PREDICATE_TYPE",
+    "Binding",
     "InputRecord",
     "LeakageRecord",
     "LogInclusion",
@@ -82,8 +83,8 @@ class LogInclusion(Frozen):
 
     index: Natural
     entry: Base64
-    path: tuple[Digest, ...]
-    head: NonEmpty
+    path: Annotated[tuple[Base64, ...], Field(max_length=63)]
+    head: Annotated[str, Field(min_length=1, max_length=4096)]
 
 
 class Receipt(Frozen):
@@ -105,7 +106,6 @@ class Receipt(Frozen):
     started: Timestamp
     finished: Timestamp
     release: LogInclusion
-    settlement: LogInclusion
 
 
 class Subject(Frozen):
@@ -149,11 +149,20 @@ class Statement(Document):
         return self
 
 
+class Binding(Frozen):
+    """What the evidence's report data was computed from, besides the contract."""
+
+    nonce: Base64
+    hpke_key: Base64
+    signing_key: Base64
+
+
 class ReceiptBundle(Document):
     """Everything that verifying a receipt needs, in one file.
 
     Envelopes are DSSE JSON fields. ``broker`` is the broker's public identity; whoever
-    verifies compares its digest with the one that the parties pinned.
+    verifies compares its digest with the one that the parties pinned. The settlement's log
+    entry names the digest of the statement, so it stands outside of it.
     """
 
     media_type = "application/vnd.cenacle.receipt-bundle+json"
@@ -161,6 +170,8 @@ class ReceiptBundle(Document):
     kind: Literal["receipt"] = "receipt"
     version: Literal[1] = 1
     statement: dict[str, Any]
+    binding: Binding
+    settlement: LogInclusion
     evidence: dict[str, Any]
     contract: dict[str, Any]
     parties: tuple[dict[str, Any], ...]

@@ -127,6 +127,8 @@ class GraphModel(Frozen):
                     raise ValueError(
                         f"node {node.name!r} reads {source!r}, which is not an earlier node"
                     )
+                if node.op == "embedding" and source != "input":
+                    raise ValueError(f"node {node.name!r}: an embedding reads the input itself")
                 unread.pop(source, None)
             earlier.add(node.name)
             scopes |= parents

@@ -1,0 +1,1 @@
+"""The trust manager: rules, ledger, transparency log, store, service and client."""

@@ -1,0 +1,98 @@
+"""What the transparency log says, entry by entry; each is canonical JSON naming its kind.
+
+Entries hold names, digests and times: nothing of any asset's content.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from cenacle.broker.messages import SettledOutput
+from cenacle.documents.base import Digest, Document, Name, Natural, NonEmpty, Timestamp
+from cenacle.documents.protection import Protection
+
+__all__ = [
+    "AssetEntry",
+    "CheckpointEntry",
+    "ContractEntry",
+    "LogRecord",
+    "PartyEntry",
+    "ReleaseEntry",
+    "SettlementEntry",
+    "SignatureEntry",
+    "VetoEntry",
+]
+
+
+class LogRecord(Document):
+    """Base of the entries."""
+
+    media_type = "application/vnd.cenacle.log-entry+json"
+
+    version: Literal[1] = 1
+    time: Timestamp
+
+
+class PartyEntry(LogRecord):
+    kind: Literal["party"] = "party"
+    party: Name
+    document: Digest
+
+
+class AssetEntry(LogRecord):
+    kind: Literal["asset"] = "asset"
+    asset: Digest
+    owner: Name
+    replaces: Digest | None = None
+
+
+class ContractEntry(LogRecord):
+    kind: Literal["contract"] = "contract"
+    contract: Digest
+    proposer: Name
+    replaces: Digest | None = None
+
+
+class SignatureEntry(LogRecord):
+    kind: Literal["signature"] = "signature"
+    contract: Digest
+    party: Name
+
+
+class VetoEntry(LogRecord):
+    kind: Literal["veto"] = "veto"
+    contract: Digest
+    party: Name
+
+
+class ReleaseEntry(LogRecord):
+    """Durable before any key leaves.
+
+    ``enclave_key`` is the key id of the enclave's signing key; ``uses`` gives, per asset
+    manifest, how many runs are charged now, this one counted.
+    """
+
+    kind: Literal["release"] = "release"
+    contract: Digest
+    run: NonEmpty
+    resumed: Natural
+    evidence: Digest
+    evidence_kind: Name
+    protection: Protection
+    enclave_key: NonEmpty
+    uses: dict[Digest, Natural]
+
+
+class CheckpointEntry(LogRecord):
+    kind: Literal["checkpoint"] = "checkpoint"
+    run: NonEmpty
+    number: Natural
+    content: Digest
+
+
+class SettlementEntry(LogRecord):
+    kind: Literal["settlement"] = "settlement"
+    run: NonEmpty
+    contract: Digest
+    receipt: Digest
+    outputs: tuple[SettledOutput, ...]

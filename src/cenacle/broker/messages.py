@@ -1,0 +1,176 @@
+"""What crosses the wire between parties, enclaves and the broker.
+
+Everything that changes something carries a signature of its author over a document, so the
+transport adds confidentiality and nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from cenacle.documents.base import (
+    Base64,
+    Digest,
+    Document,
+    Frozen,
+    Name,
+    Natural,
+    NonEmpty,
+    Timestamp,
+)
+from cenacle.documents.clauses import Clause
+from cenacle.documents.receipt import LogInclusion
+from cenacle.documents.terms import OutputKind
+
+__all__ = [
+    "AssetDeposit",
+    "AssetUpload",
+    "CheckpointRecord",
+    "ContractView",
+    "Invitation",
+    "PartyRequest",
+    "Registration",
+    "ReleaseRequest",
+    "ReleaseResponse",
+    "ReviewView",
+    "SettledOutput",
+    "Settlement",
+    "SignatureUpload",
+]
+
+EnvelopeFields = dict[str, Any]
+
+
+class Registration(Frozen):
+    """A party's self-signed document and the one-time token that admits it."""
+
+    party: EnvelopeFields
+    token: NonEmpty
+
+
+class PartyRequest(Document):
+    """A signed request that no other document covers, bound to one broker and moment."""
+
+    media_type = "application/vnd.cenacle.party-request+json"
+
+    kind: Literal["party-request"] = "party-request"
+    version: Literal[1] = 1
+    broker: Digest
+    party: Name
+    action: Literal["invite", "list-contracts", "abandon"]
+    subject: str = ""
+    issued: Timestamp
+    nonce: Base64
+
+
+class Invitation(Frozen):
+    """A one-time token for one more party."""
+
+    token: NonEmpty
+    expires: Timestamp
+
+
+class AssetDeposit(Document):
+    """The owner's signed hand-over of an asset's key, wrapped to the broker."""
+
+    media_type = "application/vnd.cenacle.asset-deposit+json"
+
+    kind: Literal["asset-deposit"] = "asset-deposit"
+    version: Literal[1] = 1
+    asset: Digest
+    broker: Digest
+    wrapped_key: Base64
+
+
+class AssetUpload(Frozen):
+    manifest: EnvelopeFields
+    deposit: EnvelopeFields
+
+
+class SignatureUpload(Frozen):
+    keyid: NonEmpty
+    signature: Base64
+
+
+class ContractView(Frozen):
+    """A contract with everything needed to check it without trusting the broker."""
+
+    contract: EnvelopeFields
+    parties: tuple[EnvelopeFields, ...]
+    assets: dict[Name, EnvelopeFields]
+    vetoes: tuple[EnvelopeFields, ...]
+    replaced_by: Digest | None = None
+
+
+class ReviewView(Frozen):
+    """Every clause as it stands now, before an enclave asks."""
+
+    clauses: tuple[Clause, ...]
+
+
+class ReleaseRequest(Frozen):
+    """An enclave asks for the keys of a contract.
+
+    Attributes:
+        nonce: the broker's nonce for this contract, used once.
+        evidence: an Evidence document; its report data binds all other fields but ``resume``.
+        resume: the run to take over after a crash.
+    """
+
+    contract: Digest
+    nonce: Base64
+    evidence: dict[str, Any]
+    hpke_key: Base64
+    signing_key: Base64
+    resume: NonEmpty | None = None
+
+
+class ReleaseResponse(Frozen):
+    """The keys, sealed to the enclave, and the log entry that was durable before they left.
+
+    ``sealed_keys`` opens to canonical JSON ``{"assets": {alias: base64}, "job": base64}``.
+    """
+
+    run: NonEmpty
+    resumed: Natural
+    started: Timestamp
+    checkpoint_version: Natural
+    checkpoint_digest: Digest | None = None
+    sealed_keys: Base64
+    log: LogInclusion
+
+
+class CheckpointRecord(Document):
+    """The enclave's signed statement that a newer checkpoint exists; older ones are void."""
+
+    media_type = "application/vnd.cenacle.checkpoint+json"
+
+    kind: Literal["checkpoint"] = "checkpoint"
+    run: NonEmpty
+    number: Annotated[int, Field(ge=1)]
+    content: Digest
+
+
+class SettledOutput(Frozen):
+    name: Name
+    kind: OutputKind
+    recipient: Name
+    content: Digest
+
+
+class Settlement(Document):
+    """The enclave's signed account of a finished run: what left, for whom.
+
+    ``receipt`` is the digest of the signed statement.
+    """
+
+    media_type = "application/vnd.cenacle.settlement+json"
+
+    kind: Literal["settlement"] = "settlement"
+    version: Literal[1] = 1
+    run: NonEmpty
+    contract: Digest
+    receipt: Digest
+    outputs: Annotated[tuple[SettledOutput, ...], Field(min_length=1)]

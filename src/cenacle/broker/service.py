@@ -1,0 +1,445 @@
+"""The broker: who may register, deposit, propose, sign and see; see ``release`` for the keys."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import secrets
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Final, Self, TypeVar
+
+from cenacle.attestation.registry import Verifier, VerifierSet
+from cenacle.attestation.simulated import SimulatedVerifier
+from cenacle.broker.entries import (
+    AssetEntry,
+    ContractEntry,
+    LogRecord,
+    PartyEntry,
+    SignatureEntry,
+    VetoEntry,
+)
+from cenacle.broker.identity import BrokerIdentity, BrokerKeys
+from cenacle.broker.log import TransparencyLog
+from cenacle.broker.messages import (
+    AssetDeposit,
+    AssetUpload,
+    ContractView,
+    Invitation,
+    PartyRequest,
+    Registration,
+    ReviewView,
+    SignatureUpload,
+)
+from cenacle.broker.nonces import NonceKey
+from cenacle.broker.records import load_asset, load_contract, load_lineage, load_party
+from cenacle.broker.rules import Facts, decide
+from cenacle.broker.store import ReadTransaction, Store, Transaction
+from cenacle.crypto import derive_key
+from cenacle.documents.asset import Asset
+from cenacle.documents.base import format_time, parse_time, unb64
+from cenacle.documents.contract import Contract, Veto
+from cenacle.documents.dsse import Envelope
+from cenacle.documents.party import Party
+from cenacle.errors import ConflictError, InputError, RefusedError, SignatureError
+
+__all__ = ["Broker", "now"]
+
+T = TypeVar("T")
+
+_INVITATION_LIFETIME: Final = timedelta(days=7)
+_REQUEST_AGE: Final = timedelta(minutes=5)
+
+
+def now() -> datetime:
+    """The broker's clock: UTC, whole seconds, as every time in a document."""
+    return datetime.now(UTC).replace(microsecond=0)
+
+
+def _hash(token: str) -> str:
+    return hashlib.sha256(b"cenacle/token\x00" + token.encode()).hexdigest()
+
+
+class Broker:
+    """One broker over one store. Make it with :meth:`production` or :meth:`development`.
+
+    The two differ in which verifiers exist. No argument, setting or request turns one into
+    the other.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        keys: BrokerKeys,
+        verifiers: VerifierSet,
+        clock: Callable[[], datetime] = now,
+    ) -> None:
+        self.store = store
+        self.keys = keys
+        self.verifiers: Final = verifiers
+        self.clock = clock
+        self.log = TransparencyLog(keys.identity.origin, keys.signing_key, clock)
+        self.nonces = NonceKey(derive_key(keys.signing_key.seed(), "broker/nonce"))
+
+    @classmethod
+    def production(cls, store: Store, keys: BrokerKeys, *hardware: Verifier) -> Self:
+        """A broker that accepts evidence of real hardware only."""
+        return cls(store, keys, VerifierSet.of_production(*hardware))
+
+    @classmethod
+    def development(cls, store: Store, keys: BrokerKeys, *hardware: Verifier) -> Self:
+        """A broker that also accepts simulated evidence: for demonstrations and tests."""
+        return cls(store, keys, VerifierSet.of_development(SimulatedVerifier(), *hardware))
+
+    @property
+    def identity(self) -> BrokerIdentity:
+        """The public half of the keys, with the address once it is served."""
+        return self.keys.identity
+
+    # ------------------------------------------------------------------ helpers
+
+    def write(self, change: Callable[[Transaction], T]) -> T:
+        """Run a change in the store's one writer; returns when it is durable."""
+        return self.store.run(change)
+
+    def record(self, tx: Transaction, entry: LogRecord) -> int:
+        """Append to the transparency log within a change."""
+        fields = entry.to_fields()
+        return tx.append_entry(fields["kind"], entry.canonical_bytes())
+
+    def _time(self) -> str:
+        return format_time(self.clock())
+
+    # ------------------------------------------------------------------ parties
+
+    def owner_token(self) -> str | None:
+        """A new one-time token for the broker's owner; ``None`` once there is one.
+
+        Each start makes a new token and voids the one before, until an owner registers: so the
+        first stranger to connect does not own the broker.
+        """
+        token = secrets.token_urlsafe(32)
+
+        def change(tx: Transaction) -> bool:
+            if tx.meta("owner") is not None:
+                return False
+            tx.set_meta("owner-token", _hash(token))
+            return True
+
+        return token if self.write(change) else None
+
+    def register(self, registration: Registration) -> Party:
+        """Admit a party that shows its self-signed document and a one-time token."""
+        envelope = Envelope.from_fields(registration.party)
+        party = envelope.open(Party, envelope.peek(Party).verify_key)
+        token = _hash(registration.token)
+
+        def change(tx: Transaction) -> None:
+            at = self._time()
+            if tx.meta("owner") is None and secrets.compare_digest(
+                token, tx.meta("owner-token") or ""
+            ):
+                tx.add_meta("owner", party.name)
+            else:
+                tx.use_invitation(token, party.name, at)
+            tx.add_party(party.name, party.digest, envelope.to_json(), at)
+            self.record(tx, PartyEntry(time=at, party=party.name, document=party.digest))
+
+        self.write(change)
+        return party
+
+    def party(self, name: str) -> Envelope:
+        with self.store.read() as tx:
+            load_party(tx, name)
+            row = tx.party(name)
+            assert row is not None
+            return Envelope.from_json(row.envelope)
+
+    def invite(self, request: Envelope) -> Invitation:
+        """A token for one more party, at the signed request of the broker's owner."""
+        asked = self.party_request(request, "invite")
+        token = secrets.token_urlsafe(32)
+        expires = format_time(self.clock() + _INVITATION_LIFETIME)
+
+        def change(tx: Transaction) -> None:
+            if tx.meta("owner") != asked.party:
+                raise RefusedError(
+                    "only the broker's owner invites parties",
+                    found=asked.party,
+                    expected=tx.meta("owner"),
+                    remedy="ask the owner for an invitation",
+                )
+            self.once(tx, asked)
+            tx.add_invitation(_hash(token), self._time(), expires)
+
+        self.write(change)
+        return Invitation(token=token, expires=expires)
+
+    def party_request(self, envelope: Envelope, action: str) -> PartyRequest:
+        """A fresh request for this broker, signed by the party that it names."""
+        request = envelope.peek(PartyRequest)
+        with self.store.read() as tx:
+            envelope.verify_signature(load_party(tx, request.party).verify_key)
+        if (request.broker, request.action) != (self.identity.digest, action):
+            raise SignatureError(
+                "a request was signed for something else",
+                found=f"{request.action} at {request.broker}",
+                expected=f"{action} at {self.identity.digest}",
+            )
+        if abs(self.clock() - parse_time(request.issued)) > _REQUEST_AGE:
+            raise SignatureError(
+                "a request is not fresh",
+                found=f"signed at {request.issued}",
+                expected=f"within {_REQUEST_AGE.seconds} s of {self._time()}",
+                remedy="check both clocks and try again",
+            )
+        return request
+
+    def once(self, tx: Transaction, request: PartyRequest) -> None:
+        nonce = hashlib.sha256(request.canonical_bytes()).digest()
+        tx.consume_nonce(b"request" + nonce, self._time())
+
+    # ------------------------------------------------------------------ assets
+
+    def deposit(self, upload: AssetUpload) -> Asset:
+        """Take an asset's manifest and its key, wrapped to this broker for this manifest."""
+        manifest, deposited = (
+            Envelope.from_fields(upload.manifest),
+            Envelope.from_fields(upload.deposit),
+        )
+        asset = manifest.peek(Asset)
+        with self.store.read() as tx:
+            owner = load_party(tx, asset.owner)
+        asset = manifest.open(Asset, owner.verify_key)
+        deposit = deposited.open(AssetDeposit, owner.verify_key)
+        for what, found, expected in (
+            ("owner's document", asset.owner_digest, owner.digest),
+            ("broker", asset.broker, self.identity.digest),
+            ("broker", deposit.broker, self.identity.digest),
+            ("manifest", deposit.asset, asset.digest),
+        ):
+            if found != expected:
+                raise InputError(
+                    f"an asset names another {what}",
+                    found=found,
+                    expected=expected,
+                    remedy="seal the asset again for this broker",
+                )
+        wrapped = unb64(deposit.wrapped_key)
+        # Opening it now shows the owner a wrong key at once, not at the first job.
+        key = self.keys.hpke_key.open(wrapped, *asset.wrapping_context())
+        try:
+            if len(key) != 32:
+                raise InputError(
+                    "an asset key has the wrong length", found=len(key), expected="32 bytes"
+                )
+        finally:
+            key.wipe()
+
+        def change(tx: Transaction) -> None:
+            tx.add_asset(
+                asset.digest,
+                asset.name,
+                asset.owner,
+                manifest.to_json(),
+                wrapped,
+                replaces=asset.replaces,
+            )
+            entry = AssetEntry(
+                time=self._time(), asset=asset.digest, owner=asset.owner, replaces=asset.replaces
+            )
+            self.record(tx, entry)
+
+        self.write(change)
+        return asset
+
+    # ------------------------------------------------------------------ contracts
+
+    def propose(self, envelope: Envelope) -> Contract:
+        """Take a contract, signed by the party that proposes it."""
+        contract = envelope.peek(Contract)
+        if contract.broker != self.identity.digest:
+            raise InputError(
+                "a contract names another broker",
+                found=contract.broker,
+                expected=self.identity.digest,
+                remedy="propose it to the broker that it names",
+            )
+        with self.store.read() as tx:
+            parties = self._pinned_parties(tx, contract)
+            for ref in contract.assets.values():
+                load_asset(tx, ref.digest)
+        by_key = {party.verify_key.keyid: party for party in parties.values()}
+        signers = [by_key.get(keyid) for keyid in envelope.signatures]
+        proposer = signers[0] if len(signers) == 1 else None
+        if proposer is None:
+            raise SignatureError(
+                "a proposal carries the signature of its proposer alone",
+                found=f"{len(signers)} signatures, by {[k[:16] for k in envelope.signatures]}",
+                expected="one, by a party of the contract",
+                remedy="propose with `cenacle propose`; the others sign with `cenacle sign`",
+            )
+        envelope.verify_signature(proposer.verify_key)
+
+        def change(tx: Transaction) -> None:
+            at = self._time()
+            tx.add_contract(
+                contract.digest,
+                contract.name,
+                Envelope(envelope.payload, envelope.payload_type, {}).to_json(),
+                proposer.name,
+                at,
+                replaces=contract.replaces,
+            )
+            entry = ContractEntry(
+                time=at,
+                contract=contract.digest,
+                proposer=proposer.name,
+                replaces=contract.replaces,
+            )
+            self.record(tx, entry)
+
+        self.write(change)
+        return contract
+
+    def _pinned_parties(self, tx: ReadTransaction, contract: Contract) -> dict[str, Party]:
+        parties = {name: load_party(tx, name) for name in contract.parties}
+        for name, party in parties.items():
+            if party.digest != contract.parties[name]:
+                raise InputError(
+                    f"the contract means another {name} than is registered here",
+                    found=contract.parties[name],
+                    expected=party.digest,
+                    remedy=f"draft the contract again with {name}'s current document",
+                )
+        return parties
+
+    def add_signature(self, digest: str, upload: SignatureUpload) -> str:
+        """Take a party's signature of a contract; returns the party's name."""
+        with self.store.read() as tx:
+            record = load_contract(tx, digest)
+            parties = self._pinned_parties(tx, record.contract)
+        party = next((p for p in parties.values() if p.verify_key.keyid == upload.keyid), None)
+        if party is None:
+            raise SignatureError(
+                "a stranger signed the contract",
+                found=f"key {upload.keyid[:16]}",
+                expected=f"a key of {', '.join(sorted(parties))}",
+            )
+        signature = unb64(upload.signature)
+        record.envelope.with_signature(upload.keyid, signature).verify_signature(party.verify_key)
+
+        def change(tx: Transaction) -> None:
+            row = tx.contract(digest)
+            # What is current is the rules' business; a signature of what is past is stale.
+            if row is not None and row.replaced_by is not None:
+                lineage = load_lineage(tx, load_contract(tx, digest))
+                if any(signed for _, signed in lineage.descendants):
+                    raise ConflictError(
+                        "the contract has a successor that was signed already",
+                        found=row.replaced_by,
+                        expected="the newest contract",
+                        remedy="review and sign the newer one",
+                    )
+            at = self._time()
+            tx.add_signature(digest, party.name, upload.keyid, signature, at)
+            self.record(tx, SignatureEntry(time=at, contract=digest, party=party.name))
+
+        self.write(change)
+        return party.name
+
+    def veto(self, envelope: Envelope) -> Veto:
+        """Take a party's signed veto of a contract."""
+        veto = envelope.peek(Veto)
+        with self.store.read() as tx:
+            record = load_contract(tx, veto.contract)
+            parties = self._pinned_parties(tx, record.contract)
+        if veto.party not in record.contract.vetoes:
+            raise RefusedError(
+                "the contract gives this party no veto",
+                found=veto.party,
+                expected=", ".join(record.contract.vetoes) or "nobody",
+                remedy="withhold the signature instead",
+            )
+        envelope.verify_signature(parties[veto.party].verify_key)
+
+        def change(tx: Transaction) -> None:
+            tx.add_veto(veto.contract, veto.party, envelope.to_json())
+            entry = VetoEntry(time=self._time(), contract=veto.contract, party=veto.party)
+            self.record(tx, entry)
+
+        self.write(change)
+        return veto
+
+    def contract(self, digest: str) -> ContractView:
+        """A contract with its parties, manifests, signatures and vetoes.
+
+        The digest is the permission: it is known to the parties and to whom they told.
+        """
+        with self.store.read() as tx:
+            record = load_contract(tx, digest)
+            manifests = {
+                alias: tx.asset(ref.digest) for alias, ref in record.contract.assets.items()
+            }
+            parties = [tx.party(name) for name in record.contract.parties]
+            return ContractView(
+                contract=record.envelope.to_fields(),
+                parties=tuple(Envelope.from_json(p.envelope).to_fields() for p in parties if p),
+                assets={
+                    alias: Envelope.from_json(row.envelope).to_fields()
+                    for alias, row in manifests.items()
+                    if row
+                },
+                vetoes=tuple(
+                    Envelope.from_json(row.envelope).to_fields() for row in tx.vetoes(digest)
+                ),
+                replaced_by=record.replaced_by,
+            )
+
+    def contracts_of(self, request: Envelope) -> list[tuple[str, str]]:
+        """Digest and name of every contract that the asking party is in, oldest first."""
+        asked = self.party_request(request, "list-contracts")
+        self.write(lambda tx: self.once(tx, asked))
+        with self.store.read() as tx:
+            records = [load_contract(tx, row.digest) for row in tx.contracts()]
+        return [
+            (r.contract.digest, r.contract.name)
+            for r in records
+            if asked.party in r.contract.parties
+        ]
+
+    def review(self, digest: str) -> ReviewView:
+        """Every clause as it stands now; what the enclave will show is pending."""
+        with self.store.read() as tx:
+            return ReviewView(clauses=decide(self.facts(tx, digest, review=True)))
+
+    def facts(
+        self, tx: ReadTransaction, digest: str, *, review: bool = False, excluded_run: str = ""
+    ) -> Facts:
+        """What the store knows about a contract now; the run being resumed is not counted."""
+        record = load_contract(tx, digest)
+        assets, replaced, uses = {}, {}, {}
+        for alias, ref in record.contract.assets.items():
+            asset, _, newer = load_asset(tx, ref.digest)
+            assets[alias] = asset
+            if newer is not None:
+                replaced[alias] = newer
+            used = tx.ledger(ref.digest)
+            mine = tx.reservation(excluded_run, ref.digest) if excluded_run else None
+            uses[alias] = used.uses_reserved + used.uses_settled - (mine.uses if mine else 0)
+        return Facts(
+            broker=self.identity.digest,
+            contract=record.contract,
+            assets=assets,
+            replaced=replaced,
+            signed=record.signed,
+            vetoes=record.vetoes,
+            uses=uses,
+            lineage=load_lineage(tx, record),
+            now=self.clock(),
+            review=review,
+        )
+
+    def close(self) -> None:
+        with contextlib.suppress(Exception):
+            self.store.close()

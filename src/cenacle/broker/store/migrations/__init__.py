@@ -1,0 +1,1 @@
+"""Alembic migrations of the broker's store; they ship inside the package."""

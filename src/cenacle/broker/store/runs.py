@@ -1,0 +1,240 @@
+"""Changes to runs and to what they reserve.
+
+Every method is one small step that either happens or raises. ``ConflictError`` means that
+somebody else came first; nothing was changed then. Who may do a thing is not decided here
+(:mod:`cenacle.broker.rules`), only that it is not done twice, lost or undone.
+"""
+
+from __future__ import annotations
+
+from cenacle.broker.ledger import (
+    MAX_UNITS,
+    Charge,
+    LedgerView,
+    Reservation,
+    delta_units,
+    epsilon_units,
+    settled_charge,
+)
+from cenacle.broker.store.reads import ReadTransaction
+from cenacle.broker.store.rows import RunRow
+from cenacle.errors import ConflictError, InputError, RefusedError
+
+__all__ = ["RunWrites"]
+
+
+class RunWrites(ReadTransaction):
+    """The part of a :class:`~cenacle.broker.store.Transaction` about runs and budgets."""
+
+    __slots__ = ()
+
+    # Runs
+
+    def create_run(
+        self, run: str, contract: str, created_at: str, *, job_secret_wrapped: bytes | None = None
+    ) -> None:
+        """Open a run; ConflictError if the id exists or the contract has an open run."""
+        changed = self._session.run(
+            "INSERT INTO runs (id, contract, state, created_at, releases, job_secret_wrapped,"
+            " checkpoint_version) VALUES (:run, :contract, 'open', :created_at, 0, :secret, 0)"
+            " ON CONFLICT DO NOTHING",
+            run=run,
+            contract=contract,
+            created_at=created_at,
+            secret=job_secret_wrapped,
+        )
+        if not changed:
+            raise ConflictError(
+                "a run is open already",
+                found=contract,
+                expected="one open run of a contract",
+                remedy="resume it, or abandon it first",
+            )
+
+    def set_job_secret(self, run: str, job_secret_wrapped: bytes) -> None:
+        """Give an open run its wrapped secret, once."""
+        changed = self._session.run(
+            "UPDATE runs SET job_secret_wrapped = :secret"
+            " WHERE id = :run AND state = 'open' AND job_secret_wrapped IS NULL",
+            run=run,
+            secret=job_secret_wrapped,
+        )
+        if not changed:
+            raise ConflictError("a run has its secret already, or is not open", found=run)
+
+    def record_release(self, run: str, enclave_key: bytes) -> int:
+        """Count a key release to an open run and make ``enclave_key`` its current enclave.
+
+        Returns the number of releases, this one included; ConflictError if it is not open.
+        """
+        changed = self._session.run(
+            "UPDATE runs SET releases = releases + 1, enclave_key = :enclave_key"
+            " WHERE id = :run AND state = 'open'",
+            run=run,
+            enclave_key=enclave_key,
+        )
+        if not changed:
+            raise self._not_open(run)
+        return self._existing_run(run).releases
+
+    def advance_checkpoint(self, run: str, version: int, digest: str) -> None:
+        """Make a checkpoint the newest; versions only grow.
+
+        Raises:
+            ConflictError: the run is not open, or has this or a newer checkpoint.
+        """
+        changed = self._session.run(
+            "UPDATE runs SET checkpoint_version = :version, checkpoint_digest = :digest"
+            " WHERE id = :run AND state = 'open' AND checkpoint_version < :version",
+            run=run,
+            version=version,
+            digest=digest,
+        )
+        if changed:
+            return
+        known = self.run(run)
+        if known is None or known.state != "open":
+            raise self._not_open(run)
+        raise ConflictError(
+            "a checkpoint is not newer than the last one",
+            found=f"version {version}",
+            expected=f"above {known.checkpoint_version}",
+            remedy="resume from the newest checkpoint",
+        )
+
+    def settle_run(self, run: str, settled_at: str, receipt_digest: str | None = None) -> None:
+        """Close a run that finished; ConflictError if it is not open."""
+        self._close_run(run, "settled", settled_at, receipt_digest)
+
+    def abandon_run(self, run: str, settled_at: str) -> None:
+        """Close a run that will not finish; its reservations stay charged in full."""
+        self._close_run(run, "abandoned", settled_at, None)
+
+    def _close_run(self, run: str, state: str, at: str, receipt_digest: str | None) -> None:
+        changed = self._session.run(
+            "UPDATE runs SET state = :state, settled_at = :moment, receipt_digest = :receipt"
+            " WHERE id = :run AND state = 'open'",
+            run=run,
+            state=state,
+            moment=at,
+            receipt=receipt_digest,
+        )
+        if not changed:
+            raise self._not_open(run)
+
+    def _existing_run(self, run: str) -> RunRow:
+        found = self.run(run)
+        if found is None:
+            raise InputError("a run does not exist", found=run)
+        return found
+
+    def _not_open(self, run: str) -> ConflictError:
+        found = self.run(run)
+        return ConflictError(
+            "a run is not open",
+            found=f"{run}: {'unknown' if found is None else found.state}",
+            expected="an open run",
+        )
+
+    # Reservations
+
+    def reserve(self, run: str, asset: str, charge: Charge, event: str = "{}") -> None:
+        """Charge an asset for an open run, in full and in advance.
+
+        Whether the charge fits the owner's budget is for the rules to say, in the same
+        transaction: ``tx.ledger(asset).require(budget, charge)``.
+
+        Raises:
+            ConflictError: the run is not open, has this asset reserved, or either is unknown.
+            RefusedError: the asset's totals are beyond counting.
+        """
+        if self._existing_run(run).state != "open":
+            raise self._not_open(run)
+        changed = self._session.run(
+            "INSERT INTO reservations (run, asset, uses, epsilon, delta, event, state)"
+            " VALUES (:run, :asset, :uses, :epsilon, :delta, :event, 'reserved')"
+            " ON CONFLICT DO NOTHING",
+            run=run,
+            asset=asset,
+            uses=charge.uses,
+            epsilon=None if charge.epsilon is None else float(charge.epsilon),
+            delta=None if charge.delta is None else float(charge.delta),
+            event=event,
+        )
+        if not changed:
+            raise ConflictError("a run has reserved this asset already", found=asset)
+        self._set_totals(asset, self.ledger(asset).charged(charge))
+
+    def settle(
+        self, run: str, asset: str, epsilon: float | None = None, delta: float | None = None
+    ) -> Charge:
+        """Lower a reservation to the loss that was really spent; the uses stay.
+
+        Returns what stays charged. None: the run states no loss and stays charged in full.
+
+        Raises:
+            InputError: there is no such reservation.
+            ConflictError: it was settled before.
+            RefusedError: more is reported than was reserved.
+        """
+        reservation = self.reservation(run, asset)
+        if reservation is None:
+            raise InputError("a run reserved no such asset", found=f"{run}, {asset}")
+        if reservation.state != "reserved":
+            raise ConflictError("a reservation was settled already", found=f"{run}, {asset}")
+        charge = settled_charge(reservation.charge, epsilon, delta)
+        self._session.run(
+            "UPDATE reservations SET state = 'settled', epsilon = :epsilon, delta = :delta"
+            " WHERE run = :run AND asset = :asset",
+            run=run,
+            asset=asset,
+            epsilon=None if charge.epsilon is None else float(charge.epsilon),
+            delta=None if charge.delta is None else float(charge.delta),
+        )
+        self._set_totals(asset, _moved(self.ledger(asset), reservation, charge))
+        return charge
+
+    def _set_totals(self, asset: str, view: LedgerView) -> None:
+        amounts = (
+            view.uses_reserved,
+            view.uses_settled,
+            view.epsilon_reserved_units,
+            view.epsilon_settled_units,
+            view.delta_reserved_units,
+            view.delta_settled_units,
+        )
+        if max(amounts) > MAX_UNITS or min(amounts) < 0:
+            raise RefusedError(
+                "an asset's charges are beyond counting",
+                found=f"more than {MAX_UNITS} units",
+                expected="epsilon below 4.6e9, delta below 4.6",
+            )
+        self._session.run(
+            "UPDATE asset_totals SET uses_reserved = :uses_reserved,"
+            " uses_settled = :uses_settled, epsilon_reserved = :epsilon_reserved,"
+            " epsilon_settled = :epsilon_settled, delta_reserved = :delta_reserved,"
+            " delta_settled = :delta_settled, unbounded = :unbounded WHERE asset = :asset",
+            asset=asset,
+            uses_reserved=amounts[0],
+            uses_settled=amounts[1],
+            epsilon_reserved=amounts[2],
+            epsilon_settled=amounts[3],
+            delta_reserved=amounts[4],
+            delta_settled=amounts[5],
+            unbounded=view.unbounded,
+        )
+
+
+def _moved(view: LedgerView, reservation: Reservation, charge: Charge) -> LedgerView:
+    """The totals with one reservation taken out and its settled charge put in."""
+    before = reservation.charge
+    lowered = LedgerView(
+        uses_reserved=view.uses_reserved - before.uses,
+        uses_settled=view.uses_settled,
+        epsilon_reserved_units=view.epsilon_reserved_units - epsilon_units(before.epsilon or 0.0),
+        epsilon_settled_units=view.epsilon_settled_units,
+        delta_reserved_units=view.delta_reserved_units - delta_units(before.delta or 0.0),
+        delta_settled_units=view.delta_settled_units,
+        unbounded=view.unbounded - (before.epsilon is None or before.delta is None),
+    )
+    return lowered.charged(charge, settled=True)
