@@ -1,0 +1,60 @@
+"""The recipe trainer: loaders, models, deterministic training, checkpoints, metrics.
+
+torch is imported at the first use of a name that needs it, so that parties who only seal
+and sign need not install it.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from cenacle.training.checkpoint import Checkpoint, CheckpointSink
+from cenacle.training.sources import (
+    MemoryTable,
+    MemoryTensors,
+    Source,
+    TableSource,
+    TensorSource,
+)
+
+if TYPE_CHECKING:
+    from cenacle.training.inference import Predictions, load_model, predict
+    from cenacle.training.model_file import read_model, write_model
+    from cenacle.training.run import TrainingResult, train
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointSink",
+    "MemoryTable",
+    "MemoryTensors",
+    "Predictions",
+    "Source",
+    "TableSource",
+    "TensorSource",
+    "TrainingResult",
+    "load_model",
+    "predict",
+    "read_model",
+    "train",
+    "write_model",
+]
+
+_HOMES = {
+    "Predictions": "inference",
+    "TrainingResult": "run",
+    "load_model": "inference",
+    "predict": "inference",
+    "read_model": "model_file",
+    "train": "run",
+    "write_model": "model_file",
+}
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{home}"), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,346 @@
+"""A recipe from start to end: load, split, train pooled and alone, measure, describe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cenacle.documents.recipe import GraphModel, Recipe, TensorData
+from cenacle.errors import DataError, VerificationError
+from cenacle.training import checkpoint as checkpointing
+from cenacle.training._torch import torch
+from cenacle.training.checkpoint import CheckpointSink, Tensors
+from cenacle.training.data import load_dataset
+from cenacle.training.inference import class_probabilities
+from cenacle.training.metrics import classification_metrics, regression_metrics
+from cenacle.training.model_file import ModelMetadata
+from cenacle.training.models import build_model, model_shape, model_tensors
+from cenacle.training.preprocessing import Preprocessing
+from cenacle.training.randomness import numpy_generator
+from cenacle.training.sources import Source, TensorSource
+from cenacle.training.split import choose, split_rows, strata_of
+from cenacle.training.trainer import Batches, Rows, Trainer, reproducible
+
+__all__ = ["Progress", "TrainingResult", "train"]
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What training leaves.
+
+    Attributes:
+        model_tensors: the pooled model's parameters and buffers by name.
+        metadata: what rebuilds and feeds it (:class:`ModelMetadata` as JSON values).
+        metrics: JSON values: ``measured_on`` (holdout or training), ``pooled``, ``alone`` by
+            alias, ``rows`` by alias (training, holdout), ``epochs`` and ``loss`` run.
+        description: one line for people.
+    """
+
+    model_tensors: Tensors
+    metadata: dict[str, Any]
+    metrics: dict[str, Any]
+    description: str
+
+
+def train(
+    recipe: Recipe,
+    sources: Mapping[str, Source],
+    *,
+    progress: Progress | None = None,
+    checkpoints: CheckpointSink | None = None,
+    checkpoint_every: int = 0,
+    threads: int | None = None,
+) -> TrainingResult:
+    """Run a recipe on opened assets.
+
+    If ``checkpoints`` holds a state of this very job, training goes on from there and ends
+    with the same weights, bit for bit, as if it had never stopped.
+
+    Args:
+        sources: opened assets by alias.
+        progress: called with (steps done, steps in all); may raise to interrupt.
+        checkpoints: where states go; one is saved after each model.
+        checkpoint_every: also after so many steps; 0: no more.
+        threads: of torch; None leaves them as they are.
+
+    Raises:
+        DataError: the data does not fit the recipe.
+        DocumentError: the model does not fit the data.
+        EnclaveError: training diverged.
+        VerificationError: the checkpoint belongs to another job.
+    """
+    with reproducible(threads):
+        job = _Job(recipe, sources, progress, checkpoints, checkpoint_every)
+        return job.run()
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """One model to train: on all parties (alias None) or on one."""
+
+    alias: str | None
+    training: tuple[NDArray[np.int64], ...]
+    steps: int
+
+
+class _Job:
+    def __init__(
+        self,
+        recipe: Recipe,
+        sources: Mapping[str, Source],
+        progress: Progress | None,
+        sink: CheckpointSink | None,
+        every: int,
+    ) -> None:
+        self.recipe = recipe
+        self.dataset = load_dataset(recipe, sources)
+        self.initial = _initial_weights(recipe, sources)
+        self.splits = split_rows(recipe, self.dataset)
+        self.shape = model_shape(recipe, self.dataset.parties[0].inputs.shape[1:])
+        self.stages = self._plan()
+        self.progress = progress
+        self.sink = sink
+        self.every = every
+        self.version = 0
+        self.stage = 0
+        self.results: list[dict[str, Any]] = []
+        self.pooled: Tensors = {}
+        self.data_digest = self.dataset.digest if sink is not None else ""
+
+    # --- planning ------------------------------------------------------------------------
+
+    def _plan(self) -> tuple[_Stage, ...]:
+        nothing = np.empty(0, dtype=np.int64)
+        aliases: list[str | None] = [None]
+        if self.recipe.compare_alone:
+            aliases += [party.alias for party in self.dataset.parties]
+        stages = []
+        for alias in aliases:
+            training = tuple(
+                split.training if alias in (None, party.alias) else nothing
+                for party, split in zip(self.dataset.parties, self.splits, strict=True)
+            )
+            rows = sum(len(chosen) for chosen in training)
+            if self.recipe.early_stopping is not None:
+                rows -= sum(len(held) for held in self._validation(training))
+            batches = Batches(rows, self.recipe.batch_size).bounds
+            stages.append(_Stage(alias, training, len(batches) * self.recipe.epochs))
+        return tuple(stages)
+
+    def _validation(self, training: tuple[NDArray[np.int64], ...]) -> tuple[NDArray[np.int64], ...]:
+        """Rows that early stopping takes out of ``training``, the same for pooled and alone."""
+        plan = self.recipe.early_stopping
+        assert plan is not None
+        held = []
+        for party, chosen in zip(self.dataset.parties, training, strict=True):
+            generator = numpy_generator(self.recipe.seed, "validation", party.alias)
+            if len(chosen) == 0:
+                held.append(chosen)
+                continue
+            strata = strata_of(self.recipe, party.targets[chosen])
+            held.append(chosen[choose(strata, plan.validation_fraction, generator)])
+        if any(len(rows) for rows in training) and not any(len(rows) for rows in held):
+            raise DataError(
+                "early stopping has no validation rows",
+                found=f"{sum(len(rows) for rows in training)} training rows",
+                remedy="raise early_stopping.validation_fraction or bring more rows",
+            )
+        return tuple(held)
+
+    # --- running -------------------------------------------------------------------------
+
+    def run(self) -> TrainingResult:
+        state = self._resume()
+        if self.stage == len(self.stages) and self.progress is not None:
+            total = sum(stage.steps for stage in self.stages)
+            self.progress(total, total)
+        for index in range(self.stage, len(self.stages)):
+            self.stage = index
+            self._run_stage(self.stages[index], state)
+            state = None
+        self.stage = len(self.stages)
+        return self._result()
+
+    def _run_stage(self, stage: _Stage, state: tuple[Tensors, Mapping[str, Any]] | None) -> None:
+        trainer, preprocessing = self._prepare(stage)
+        if state is not None:
+            trainer.restore(*state)
+        before = sum(earlier.steps for earlier in self.stages[: self.stage])
+        total = sum(each.steps for each in self.stages)
+
+        def after_step() -> None:
+            if self.sink is not None and self.every and trainer.step % self.every == 0:
+                self._save(trainer)
+            if self.progress is not None:
+                self.progress(before + trainer.step, total)
+
+        trainer.run(after_step)
+        self.results.append(self._measure(trainer, preprocessing))
+        if stage.alias is None:
+            self.pooled = model_tensors(trainer.model)
+            self.results[0]["preprocessing"] = preprocessing.to_fields()
+        if self.sink is not None:
+            self.stage += 1
+            self._save(None)
+        if self.progress is not None and trainer.step < stage.steps:
+            self.progress(before + stage.steps, total)
+
+    def _prepare(self, stage: _Stage) -> tuple[Trainer, Preprocessing]:
+        training = stage.training
+        validation: tuple[NDArray[np.int64], ...] = ()
+        if self.recipe.early_stopping is not None:
+            validation = self._validation(training)
+            training = tuple(
+                np.setdiff1d(all_rows, held, assume_unique=True)
+                for all_rows, held in zip(training, validation, strict=True)
+            )
+        inputs, targets = self._gather(training)
+        preprocessing = Preprocessing.fit(self.recipe, self.shape, inputs, targets)
+        model = build_model(
+            self.recipe, self.shape, integers=preprocessing.integers, initial=self.initial
+        )
+        rows = self._rows(inputs, targets, preprocessing)
+        if preprocessing.integers:
+            for party in self.dataset.parties:
+                model.check_integers(party.inputs)
+        if len(rows) == 1 and any(node.op == "batch_norm" for node in model.nodes):
+            raise DataError("batch normalization cannot train on a single row")
+        held_rows = None
+        if validation:
+            held_rows = self._rows(*self._gather(validation), preprocessing)
+        return Trainer(self.recipe, model, rows, held_rows), preprocessing
+
+    def _gather(self, chosen: tuple[NDArray[np.int64], ...]) -> tuple[NDArray[Any], NDArray[Any]]:
+        pairs = list(zip(self.dataset.parties, chosen, strict=True))
+        return (
+            np.concatenate([party.inputs[rows] for party, rows in pairs]),
+            np.concatenate([party.targets[rows] for party, rows in pairs]),
+        )
+
+    def _rows(
+        self, inputs: NDArray[Any], targets: NDArray[Any], preprocessing: Preprocessing
+    ) -> Rows:
+        if self.recipe.task == "regression":
+            targets = preprocessing.apply_target(targets)
+        return Rows(torch.from_numpy(preprocessing.apply(inputs)), torch.from_numpy(targets))
+
+    def _measure(self, trainer: Trainer, preprocessing: Preprocessing) -> dict[str, Any]:
+        """Every model is measured on the same rows: the pooled holdout, or all training rows."""
+        chosen = tuple(
+            split.holdout if self.recipe.holdout.fraction > 0 else split.training
+            for split in self.splits
+        )
+        inputs, targets = self._gather(chosen)
+        outputs = trainer.outputs(torch.from_numpy(preprocessing.apply(inputs))).numpy()
+        if self.recipe.task == "classification":
+            measured = classification_metrics(targets, class_probabilities(outputs))
+        else:
+            measured = regression_metrics(targets, preprocessing.restore_target(outputs[:, 0]))
+        return {
+            "metrics": {**measured, "epochs": trainer.epoch, "training_loss": trainer.losses[-1]}
+        }
+
+    # --- checkpoints ---------------------------------------------------------------------
+
+    def _save(self, trainer: Trainer | None) -> None:
+        """``trainer`` None: between two models."""
+        assert self.sink is not None
+        tensors: Tensors = {f"pooled/{name}": array for name, array in self.pooled.items()}
+        meta: dict[str, Any] = {
+            "format": 1,
+            "version": self.version + 1,
+            "recipe": self.recipe.digest,
+            "data": self.data_digest,
+            "stage": self.stage,
+            "results": self.results,
+            "trainer": None,
+        }
+        if trainer is not None:
+            state, meta["trainer"] = trainer.state()
+            tensors |= {f"trainer/{name}": array for name, array in state.items()}
+        self.sink.save(self.version + 1, tensors, meta)
+        self.version += 1
+
+    def _resume(self) -> tuple[Tensors, Mapping[str, Any]] | None:
+        newest = self.sink.load() if self.sink is not None else None
+        if newest is None:
+            return None
+        checkpointing.check(newest, recipe=self.recipe.digest, data=self.data_digest)
+        meta = newest.meta
+        results, trainer = meta.get("results"), meta.get("trainer")
+        if (
+            not isinstance(results, list)
+            or meta.get("stage") not in range(len(self.stages) + 1)
+            or len(results) != meta["stage"]
+        ):
+            raise VerificationError("a checkpoint contradicts itself", found="stage and results")
+        self.version = newest.version
+        self.stage = meta["stage"]
+        self.results = list(results)
+        parts: dict[str, Tensors] = {"pooled": {}, "trainer": {}}
+        for name, array in newest.tensors.items():
+            part, _, rest = name.partition("/")
+            parts.setdefault(part, {})[rest] = array
+        self.pooled = parts["pooled"]
+        return None if trainer is None else (parts["trainer"], trainer)
+
+    # --- result --------------------------------------------------------------------------
+
+    def _result(self) -> TrainingResult:
+        data = self.recipe.data
+        preprocessing = Preprocessing.from_fields(self.results[0]["preprocessing"])
+        model = build_model(self.recipe, self.shape, integers=preprocessing.integers)
+        metadata = ModelMetadata(
+            task=self.recipe.task,
+            features=self.dataset.features,
+            target=data.labels if isinstance(data, TensorData) else data.target,
+            classes=data.classes,
+            preprocessing=preprocessing,
+            nodes=model.nodes,
+            recipe=self.recipe.digest,
+            torch=str(torch.__version__),
+            threads=torch.get_num_threads(),
+        )
+        on_holdout = self.recipe.holdout.fraction > 0
+        measured = [result["metrics"] for result in self.results]
+        metrics = {
+            "task": self.recipe.task,
+            "measured_on": "holdout" if on_holdout else "training",
+            "pooled": measured[0],
+            "alone": {
+                str(stage.alias): values
+                for stage, values in zip(self.stages[1:], measured[1:], strict=True)
+            },
+            "rows": {
+                party.alias: {"training": len(split.training), "holdout": len(split.holdout)}
+                for party, split in zip(self.dataset.parties, self.splits, strict=True)
+            },
+        }
+        rows = sum(len(split.training) for split in self.splits)
+        description = (
+            f"{self.recipe.model.type} {self.recipe.task} with {model.count_parameters()} "
+            f"parameters, trained on {rows} rows of {len(self.splits)} parties "
+            f"in {measured[0]['epochs']} epochs"
+        )
+        return TrainingResult(self.pooled, metadata.to_fields(), metrics, description)
+
+
+def _initial_weights(
+    recipe: Recipe, sources: Mapping[str, Source]
+) -> dict[str, NDArray[Any]] | None:
+    if not isinstance(recipe.model, GraphModel) or recipe.model.initial_weights is None:
+        return None
+    alias = recipe.model.initial_weights
+    source = sources.get(alias)
+    if not isinstance(source, TensorSource):
+        raise DataError(
+            f"the initial weights {alias!r} are not an asset of tensors of this job",
+            remedy="seal them as tensors and name the asset in the contract",
+        )
+    return {name: np.asarray(source.read(name)) for name in source.names}
