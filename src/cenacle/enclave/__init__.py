@@ -1,0 +1,1 @@
+"""Launchers, the sandbox and the agent: where plaintext may exist."""

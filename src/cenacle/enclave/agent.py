@@ -1,0 +1,109 @@
+"""The enclave's agent, on one page: evidence, keys, assets, run, outputs, receipt.
+
+Started by a launcher as ``python -m cenacle.enclave``. Everything it is told is checked
+against the contract, which it fetches by digest and whose signatures it verifies itself; it
+trusts neither its launcher nor, beyond the release of keys, the broker.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import socket
+from pathlib import Path
+
+from cenacle.attestation.attesters import attester_for
+from cenacle.attestation.measure import measure_enclave
+from cenacle.broker.client import BrokerClient
+from cenacle.broker.identity import BrokerIdentity
+from cenacle.broker.receipts import OpenedContract, open_contract
+from cenacle.broker.rules import expected_program
+from cenacle.documents.base import Digest, Frozen, Name, NonEmpty
+from cenacle.documents.contract import RecipeJob
+from cenacle.enclave.assets import asset_path, check_files, open_asset
+from cenacle.enclave.channel import Channel, OutputFile
+from cenacle.enclave.checkpoints import SealedCheckpoints
+from cenacle.enclave.outputs import OutputValue, seal_outputs
+from cenacle.enclave.program_job import run_program
+from cenacle.enclave.receipt import finish, write_draft
+from cenacle.enclave.recipe_job import run_recipe
+from cenacle.enclave.sandbox.entry import AgentConfig
+from cenacle.enclave.session import Session
+from cenacle.errors import EnclaveError
+
+__all__ = ["AgentJob", "run_agent"]
+
+
+class AgentJob(Frozen):
+    """What the launcher tells the agent. No secrets, and nothing that is believed unchecked.
+
+    Attributes:
+        contract: digest of the contract to run.
+        broker: the identity that the launcher's user pinned; the contract names its digest.
+        evidence: kind of evidence to make.
+        resume: the open run to take over.
+    """
+
+    contract: Digest
+    broker: BrokerIdentity
+    evidence: Name = "simulated"
+    resume: NonEmpty | None = None
+
+
+def run_agent(config: AgentConfig, channel: Channel) -> None:
+    """One job, start to end. Raises what went wrong; nothing of the data leaves by that."""
+    job = AgentJob.from_fields(dict(config.job))
+    outputs = config.paths["outputs"]
+    with BrokerClient(job.broker, socket=config.paths["broker_socket"]) as client:
+        view = client.contract_view(job.contract)
+        opened = open_contract(job.contract, view.contract, view.parties, view.assets)
+        job.broker.require_digest(opened.contract.broker)
+
+        channel.stage("attesting")
+        check_files(opened.assets, config.paths)
+        measurements = {
+            **measure_enclave(),
+            "program": expected_program(opened.contract, opened.assets),
+            "sandbox": config.plan.digest,
+        }
+        attester = attester_for(job.evidence, config.paths)
+
+        channel.stage("keys")
+        session = Session.open(
+            client, job.contract, attester, measurements, config.layers, job.resume
+        )
+        try:
+            channel.stage("running")
+            values = _run(opened, session, config, channel)
+            channel.stage("outputs")
+            records = seal_outputs(opened, job.contract, values, outputs)
+        finally:
+            session.close()
+
+        channel.stage("receipt")
+        write_draft(session, view, opened, records, config.layers, outputs)
+        receipt = finish(client, outputs)
+        channel.finished((), OutputFile(receipt.name, _sha256(receipt)))
+
+
+def _run(
+    opened: OpenedContract, session: Session, config: AgentConfig, channel: Channel
+) -> dict[str, OutputValue]:
+    if isinstance(opened.contract.job, RecipeJob):
+        readers = {
+            alias: open_asset(asset, asset_path(config.paths, index), session.asset_key(alias))
+            for index, (alias, asset) in enumerate(opened.assets.items())
+        }
+        checkpoints = SealedCheckpoints(config.paths["checkpoints"], session)
+        return run_recipe(opened.contract, readers, checkpoints, channel.progress)
+    if config.worker is None:
+        raise EnclaveError(
+            "the launcher made no process for the program",
+            expected="a second process, confined more tightly than the agent",
+            remedy="start the job with `cenacle run`",
+        )
+    with socket.socket(fileno=config.worker) as connection:
+        return run_program(opened, session, connection, channel.progress)
+
+
+def _sha256(path: Path) -> str:
+    return "sha256:" + hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,110 @@
+"""The program job, from the agent's side: hand over, collect, trust nothing that comes back."""
+
+from __future__ import annotations
+
+import builtins
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import pyarrow as pa
+
+from cenacle import errors
+from cenacle.broker.receipts import OpenedContract
+from cenacle.documents.base import b64, parse_json
+from cenacle.documents.contract import ProgramJob
+from cenacle.enclave.frames import read_frame, send_frame
+from cenacle.enclave.outputs import OutputValue
+from cenacle.enclave.session import Session
+from cenacle.errors import DocumentError, EnclaveError
+
+__all__ = ["run_program"]
+
+
+# The program chooses the name, so only names that say nothing of its data are passed on.
+_TOLD = frozenset(n for n in dir(builtins) if n.endswith(("Error", "Exception"))) | set(
+    errors.__all__
+)
+
+
+def _broken(found: str) -> EnclaveError:
+    return EnclaveError(
+        "the program's process broke the protocol",
+        found=found,
+        expected="progress, the contract's outputs once each, and an end",
+    )
+
+
+def run_program(
+    opened: OpenedContract,
+    session: Session,
+    connection: socket.socket,
+    progress: Callable[[int, int], None],
+) -> dict[str, OutputValue]:
+    """Run the contract's sealed program in its own process and return its outputs.
+
+    Raises:
+        EnclaveError: the program failed (its class of error is all that is told), ended
+            early, or its process broke the protocol.
+    """
+    job = opened.contract.job
+    assert isinstance(job, ProgramJob)
+    kinds = {output.name: output.kind for output in opened.contract.outputs}
+    header, _ = read_frame(connection, 0)
+    if header != {"kind": "ready"}:
+        raise _broken("no ready message")
+    send_frame(
+        connection,
+        {
+            "program": job.program,
+            "entry": job.entry,
+            "parameters": job.parameters,
+            "outputs": kinds,
+            "assets": [
+                {
+                    "alias": alias,
+                    "mount": f"asset-{index}",
+                    "manifest": asset.to_fields(),
+                    "key": b64(bytes(session.asset_key(alias).view())),
+                }
+                for index, (alias, asset) in enumerate(opened.assets.items())
+            ],
+        },
+    )
+    values: dict[str, OutputValue] = {}
+    while True:
+        header, payload = read_frame(connection)
+        match header:
+            case {"kind": "progress", "done": int(done), "total": int(total)} if total >= 1:
+                progress(done, total)
+            case {"kind": "output", "name": str(name)} if name in kinds and name not in values:
+                values[name] = _decode(name, kinds[name], bytes(payload))
+            case {"kind": "done"}:
+                return values
+            case {"kind": "failed", "class": str(name)}:
+                raise EnclaveError(
+                    "the program failed",
+                    found=name if name in _TOLD else "an error of its own",
+                    expected="its end without an error",
+                    remedy="run it on made-up data outside the enclave to see the whole message",
+                )
+            case _:
+                raise _broken("a message of unknown kind")
+
+
+def _decode(name: str, kind: str, payload: bytes) -> OutputValue:
+    try:
+        match kind:
+            case "metrics":
+                value: Any = parse_json(payload)
+                if not isinstance(value, dict):
+                    raise _broken(f"metrics {name} that are no mapping")
+                return value
+            case "table":
+                table = pa.ipc.open_stream(payload).read_all()
+                table.validate(full=True)
+                return table
+            case _:
+                return payload
+    except (DocumentError, pa.ArrowException):
+        raise _broken(f"an output {name} that is no {kind}") from None

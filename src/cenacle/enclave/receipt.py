@@ -1,0 +1,149 @@
+"""The end of a job: the signed statement, the settlement, and the receipt file.
+
+The statement and the enclave's signed account are written to the host's disk before the run
+is settled. So if anything dies after that, the host finishes with :func:`finish` and no output
+is lost; before that, the run is still open and resumes.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+from cenacle.broker.client import BrokerClient
+from cenacle.broker.messages import ContractView, SettledOutput, Settlement
+from cenacle.broker.receipts import OpenedContract
+from cenacle.documents.base import (
+    Frozen,
+    canonical_json,
+    format_time,
+    parse_json,
+)
+from cenacle.documents.dsse import Envelope
+from cenacle.documents.protection import protection_of
+from cenacle.documents.receipt import (
+    Binding,
+    InputRecord,
+    LeakageRecord,
+    OutputRecord,
+    Receipt,
+    ReceiptBundle,
+    Statement,
+)
+from cenacle.enclave.session import Session
+from cenacle.sealing.disk import AtomicFile, disk_errors, pwrite_all
+
+__all__ = ["DRAFT_FILE", "RECEIPT_FILE", "finish", "write_draft"]
+
+DRAFT_FILE: Final = "receipt.draft.json"
+RECEIPT_FILE: Final = "receipt.json"
+
+_NO_OFFLOAD: Final = LeakageRecord(
+    scheme="enclave",
+    inputs="hidden",
+    weights="hidden",
+    activations="hidden",
+    gradients="hidden",
+    labels="hidden",
+    note="nothing was sent to any accelerator",
+)
+
+
+class _Draft(Frozen):
+    """All of a receipt bundle but the settlement's log inclusion, and how to get that."""
+
+    statement: dict[str, Any]
+    binding: Binding
+    evidence: dict[str, Any]
+    contract: dict[str, Any]
+    parties: tuple[dict[str, Any], ...]
+    assets: dict[str, dict[str, Any]]
+    settlement: dict[str, Any]
+
+
+def write_draft(
+    session: Session,
+    view: ContractView,
+    opened: OpenedContract,
+    outputs: tuple[OutputRecord, ...],
+    layers: tuple[str, ...],
+    folder: Path,
+) -> None:
+    """Sign the statement and the settlement, and make both durable as a draft."""
+    release = session.release
+    receipt = Receipt(
+        contract=session.contract,
+        run=release.run,
+        broker=session.client.identity.digest,
+        evidence_kind=session.evidence.kind,
+        evidence=session.evidence.digest,
+        protection=protection_of(session.evidence.kind),
+        measurements=dict(session.measurements),
+        layers=layers,
+        inputs={
+            alias: InputRecord(
+                asset=asset.digest, content=asset.container.digest, owner=asset.owner
+            )
+            for alias, asset in opened.assets.items()
+        },
+        outputs=outputs,
+        privacy="none: the outputs are not differentially private",
+        offload=_NO_OFFLOAD,
+        resumed=release.resumed,
+        started=release.started,
+        finished=format_time(datetime.now(UTC)),
+        release=release.log,
+    )
+    statement = Envelope.sign(Statement.of(receipt), session.signing_key)
+    settlement = Settlement(
+        run=release.run,
+        contract=session.contract,
+        receipt=statement.digest,
+        outputs=tuple(
+            SettledOutput(name=o.name, kind=o.kind, recipient=o.recipient, content=o.content)
+            for o in outputs
+        ),
+    )
+    draft = _Draft(
+        statement=statement.to_fields(),
+        binding=session.binding,
+        evidence=session.evidence.to_fields(),
+        contract=view.contract,
+        parties=view.parties,
+        assets=view.assets,
+        settlement=Envelope.sign(settlement, session.signing_key).to_fields(),
+    )
+    _write(folder / DRAFT_FILE, canonical_json(draft.to_fields()))
+
+
+def finish(client: BrokerClient, folder: Path) -> Path:
+    """Settle the run of a draft and write its receipt; safe to repeat, on either side.
+
+    Returns the path of the receipt. Raises what the broker raises; the draft stays until the
+    receipt is durable.
+    """
+    path = folder / DRAFT_FILE
+    with disk_errors(f"read {path}"):
+        draft = _Draft.from_fields(parse_json(path.read_bytes()))
+    inclusion = client.settle(Envelope.from_fields(draft.settlement))
+    bundle = ReceiptBundle(
+        statement=draft.statement,
+        binding=draft.binding,
+        settlement=inclusion,
+        evidence=draft.evidence,
+        contract=draft.contract,
+        parties=draft.parties,
+        assets=draft.assets,
+        broker=client.identity.to_fields(),
+    )
+    receipt = folder / RECEIPT_FILE
+    _write(receipt, canonical_json(bundle.to_fields()))
+    path.unlink(missing_ok=True)
+    return receipt
+
+
+def _write(path: Path, data: bytes) -> None:
+    with AtomicFile(path) as file, disk_errors(f"write {path}"):
+        pwrite_all(file.fd, data, 0)
+        file.commit()

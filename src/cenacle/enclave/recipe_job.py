@@ -1,0 +1,54 @@
+"""The recipe job: training that the contract declares, by the measured package itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from cenacle.documents.contract import Contract, RecipeJob
+from cenacle.enclave.assets import AssetReader
+from cenacle.enclave.outputs import OutputValue
+from cenacle.errors import EnclaveError
+from cenacle.training import CheckpointSink
+
+__all__ = ["run_recipe"]
+
+
+def run_recipe(
+    contract: Contract,
+    assets: Mapping[str, AssetReader],
+    checkpoints: CheckpointSink,
+    progress: Callable[[int, int], None],
+) -> dict[str, OutputValue]:
+    """Train and return the value of each of the contract's outputs.
+
+    Raises:
+        DataError: the data does not fit the recipe.
+        EnclaveError: training diverged.
+    """
+    from cenacle.training import train, write_model  # noqa: PLC0415 - torch, for recipes only
+    from cenacle.training.sources import TableSource, TensorSource  # noqa: PLC0415
+
+    job = contract.job
+    assert isinstance(job, RecipeJob)
+    sources: dict[str, TableSource | TensorSource] = {}
+    for alias, reader in assets.items():
+        if not isinstance(reader, (TableSource, TensorSource)):
+            raise EnclaveError(
+                f"asset {alias} is neither a table nor tensors", expected="what recipes read"
+            )
+        sources[alias] = reader
+    result = train(
+        job.recipe,
+        sources,
+        progress=progress,
+        checkpoints=checkpoints,
+        checkpoint_every=job.checkpoint_every,
+    )
+    values: dict[str, OutputValue] = {}
+    for output in contract.outputs:
+        values[output.name] = (
+            write_model(result.model_tensors, result.metadata)
+            if output.kind == "model"
+            else result.metrics
+        )
+    return values

@@ -1,0 +1,175 @@
+"""The inside of a launch: confine this process, prove it to itself, then run the agent.
+
+In this order, before the agent is even imported: standard streams to ``/dev/null``, every
+other file descriptor closed, configuration read, inner layers applied, every planned layer
+verified. Only then the agent runs, and only the agent fetches keys.
+
+A second process, for a program that is not ours, is forked before any of that, while there is
+nothing to inherit; it sees what the agent may read and nothing that it may write or call.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import socket
+import signal
+import stat
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cenacle.enclave.channel import Channel
+from cenacle.enclave.sandbox import Mount, SandboxPlan, View, apply_inner, linux, verify_active
+from cenacle.errors import EnclaveError
+
+__all__ = ["EXIT_FAILED", "Agent", "AgentConfig", "enclave_main"]
+
+EXIT_FAILED = 70  # EX_SOFTWARE of sysexits(3): the message before it says why
+_CONFIG_FD = 0
+
+
+@dataclass(frozen=True)
+class AgentConfig:
+    """What an agent is told by its launcher. Nothing here is authenticated.
+
+    Attributes:
+        job: the launcher's configuration for the agent, as parsed from JSON.
+        paths: mount name -> path inside, and ``broker_socket``.
+        plan: the sandbox that this process runs in.
+        layers: the layers that were verified to be active: all of the plan's.
+        worker: descriptor of a socket to the second process, if there is one.
+    """
+
+    job: Mapping[str, Any]
+    paths: Mapping[str, Path]
+    plan: SandboxPlan
+    layers: tuple[str, ...]
+    worker: int | None = None
+
+
+Agent = Callable[[AgentConfig, Channel], None]
+
+
+def enclave_main(agent: Agent | str, worker: str | None = None) -> None:
+    """Confine this process as its launcher planned, then run ``agent`` and exit.
+
+    Args:
+        worker: ``module:function`` that serves a second process over a socket; it is called
+            with the socket, the sandbox plan and the readable mounts, once confined.
+        agent: the agent, or ``module:function`` to import only once the process is confined
+            (which is needed if its imports start threads, as numpy's do).
+    """
+    status = EXIT_FAILED
+    channel = Channel(_take_channel())
+    try:
+        told = _read_config()
+        connection = None if worker is None else _fork_worker(worker, told, channel)
+        config = _confine(told, connection)
+        chosen = _load(agent) if isinstance(agent, str) else agent
+        chosen(config, channel)
+        if not channel.ended:
+            raise EnclaveError(
+                "the agent ended without a result", expected="Channel.finished as its last act"
+            )
+        status = 0
+    except BaseException as error:  # nothing may leave by another way
+        channel.failed(error)
+    channel.close()
+    # Finalizers of libraries could block or print; there is nothing left to save.
+    os._exit(status)
+
+
+def _take_channel() -> int:
+    """The pipe's number from the command line; every stream and descriptor else is closed."""
+    try:
+        fd = int(sys.argv.pop())
+        if fd < 3 or not stat.S_ISFIFO(os.fstat(fd).st_mode):
+            raise ValueError
+    except (IndexError, ValueError, OSError):
+        sys.exit("this program is an enclave's inside: start it with `cenacle run`")
+    linux.close_inherited(frozenset({0, 1, 2, fd}))
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    os.close(null)
+    os.set_inheritable(fd, False)
+    return fd
+
+
+@dataclass(frozen=True)
+class _Told:
+    """The launcher's configuration, parsed."""
+
+    job: Mapping[str, Any]
+    paths: Mapping[str, Path]
+    plan: SandboxPlan
+    view: View
+    parent: int | None
+
+
+def _read_config() -> _Told:
+    with os.fdopen(os.dup(_CONFIG_FD), "rb") as file:
+        file.seek(0)
+        raw = file.read()
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, _CONFIG_FD)
+    os.close(null)
+    try:
+        fields = json.loads(raw)
+        plan = SandboxPlan.from_dict(fields["sandbox"])
+        paths = {str(name): Path(path) for name, path in fields["paths"].items()}
+        names = {kind: tuple(fields[kind]) for kind in ("read_only", "writable", "sockets")}
+        mounts = {
+            kind: tuple(Mount(paths[name], paths[name]) for name in listed)
+            for kind, listed in names.items()
+        }
+        return _Told(fields["job"], paths, plan, View(**mounts), fields["parent"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise EnclaveError("the launcher's configuration does not parse") from None
+
+
+def _confine(told: _Told, worker: int | None) -> AgentConfig:
+    apply_inner(told.plan, told.view)
+    if told.parent is not None and os.getppid() != told.parent:
+        # The launcher died before this process had asked to die with it.
+        raise EnclaveError("the launcher of this enclave is gone")
+    active = tuple(verify_active(told.plan))
+    return AgentConfig(job=told.job, paths=told.paths, plan=told.plan, layers=active, worker=worker)
+
+
+def _fork_worker(worker: str, told: _Told, channel: Channel) -> int:
+    """Make the second process; returns this side's socket to it."""
+    ours, theirs = socket.socketpair()
+    agent = os.getpid()
+    if os.fork() != 0:
+        theirs.close()
+        return ours.detach()
+    status = EXIT_FAILED
+    try:
+        ours.close()
+        channel.close()
+        view = View(read_only=told.view.read_only)
+        apply_inner(told.plan, view)
+        if os.getppid() != agent:
+            raise EnclaveError("the agent of this process is gone")
+        verify_active(told.plan)
+        readable = {
+            name: path
+            for name, path in told.paths.items()
+            if any(mount.inside == path for mount in view.read_only)
+        }
+        _load(worker)(theirs, told.plan, readable)
+        status = 0
+    finally:
+        # Nothing of a traceback may reach a stream, and nothing is left to finalize.
+        os._exit(status)
+
+
+def _load(name: str) -> Callable[..., None]:
+    module, _, function = name.partition(":")
+    found: Callable[..., None] = getattr(importlib.import_module(module), function)
+    return found

@@ -1,0 +1,115 @@
+"""From fresh keys to the job's keys: nonce, evidence, release."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Self
+
+from cenacle.attestation.binding import report_data
+from cenacle.attestation.claims import Evidence
+from cenacle.attestation.registry import Attester
+from cenacle.broker.client import BrokerClient
+from cenacle.broker.messages import CheckpointRecord, ReleaseRequest, ReleaseResponse
+from cenacle.broker.release import release_context
+from cenacle.crypto import HpkePrivateKey, SecretBytes, SigningKey, derive_key
+from cenacle.documents.base import b64, parse_json, unb64
+from cenacle.documents.receipt import Binding
+from cenacle.errors import EnclaveError
+
+__all__ = ["Session"]
+
+
+@dataclass(frozen=True)
+class Session:
+    """An attested enclave's hold on one run.
+
+    Attributes:
+        signing_key: made in this process, vouched for by ``evidence``; signs the receipt.
+        asset_keys: by alias.
+        measurements: what the evidence states (the installation or platform is added by its
+            verifier).
+    """
+
+    contract: str
+    client: BrokerClient
+    signing_key: SigningKey
+    binding: Binding
+    evidence: Evidence
+    measurements: Mapping[str, str]
+    release: ReleaseResponse
+    asset_keys: Mapping[str, SecretBytes]
+    job_secret: SecretBytes
+
+    @classmethod
+    def open(
+        cls,
+        client: BrokerClient,
+        contract: str,
+        attester: Attester,
+        measurements: Mapping[str, str],
+        layers: tuple[str, ...],
+        resume: str | None,
+    ) -> Self:
+        """Attest to the broker and receive the keys.
+
+        Raises:
+            RefusedError: naming every clause that is not met.
+        """
+        hpke_key, signing_key = HpkePrivateKey.generate(), SigningKey.generate()
+        nonce = client.nonce(contract)
+        public = (hpke_key.public_key.raw, signing_key.verify_key.raw)
+        evidence = attester.attest(
+            report_data(nonce, contract, *public), measurements, layers, datetime.now(UTC)
+        )
+        binding = Binding(nonce=b64(nonce), hpke_key=b64(public[0]), signing_key=b64(public[1]))
+        release = client.release(
+            ReleaseRequest(
+                contract=contract,
+                nonce=binding.nonce,
+                evidence=evidence.to_fields(),
+                hpke_key=binding.hpke_key,
+                signing_key=binding.signing_key,
+                resume=resume,
+            )
+        )
+        context = release_context(contract, release.run, nonce)
+        with hpke_key.open(unb64(release.sealed_keys), *context) as message:
+            fields = parse_json(bytes(message.view()))
+        hpke_key.seed().wipe()
+        return cls(
+            contract=contract,
+            client=client,
+            signing_key=signing_key,
+            binding=binding,
+            evidence=evidence,
+            measurements=dict(measurements),
+            release=release,
+            asset_keys={a: _secret(key) for a, key in fields["assets"].items()},
+            job_secret=_secret(fields["job"]),
+        )
+
+    def asset_key(self, alias: str) -> SecretBytes:
+        key = self.asset_keys.get(alias)
+        if key is None:
+            raise EnclaveError("the broker released no key for an asset", found=alias)
+        return key
+
+    def checkpoint_key(self, version: int) -> SecretBytes:
+        """The key of one checkpoint of this run; every enclave of the run derives the same."""
+        return derive_key(self.job_secret, "enclave/checkpoint", version.to_bytes(8, "big"))
+
+    def register_checkpoint(self, version: int, digest: str) -> None:
+        """Tell the broker that this checkpoint is the newest; durable when this returns."""
+        record = CheckpointRecord(run=self.release.run, number=version, content=digest)
+        self.client.checkpoint(record, self.signing_key)
+
+    def close(self) -> None:
+        """Wipe every key but the signing key, which the receipt still needs."""
+        for key in (*self.asset_keys.values(), self.job_secret):
+            key.wipe()
+
+
+def _secret(text: str) -> SecretBytes:
+    return SecretBytes(bytearray(unb64(text)))
