@@ -1,0 +1,66 @@
+"""``cenacle enclave``: what this machine can do, and what its enclave measures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from cenacle.cli.home import Home
+from cenacle.cli.output import JsonOption, console, errors_in_words, finish
+
+__all__ = ["app", "measure_here"]
+
+app = typer.Typer(no_args_is_help=True, help="Show this machine's sandbox and measurements.")
+
+
+def measure_here(home: Home, layers: Sequence[str] | None) -> dict[str, Any]:
+    """Reference values of this machine's simulated enclave, as a contract's ``enclave`` field."""
+    from cenacle.attestation.measure import measure_enclave
+    from cenacle.enclave.sandbox import plan
+
+    chosen = plan(layers)
+    values = {
+        **measure_enclave(),
+        "sandbox": chosen.digest,
+        "installation": home.installation().measurement,
+    }
+    return {
+        "reference": {"simulated": {name: [value] for name, value in values.items()}},
+        "layers": list(chosen.layers),
+    }
+
+
+@app.command(epilog="Example: cenacle enclave layers")
+def layers(json_: JsonOption = False) -> None:
+    """Show which sandbox layers work here, found out by using each."""
+    from cenacle.enclave.sandbox import probe
+
+    with errors_in_words(json_):
+        found = probe()
+        table = Table("layer", "works here", "protects")
+        for status in found:
+            works = (
+                "[green]yes[/]" if status.missing is None else f"[yellow]no[/]: {status.missing}"
+            )
+            table.add_row(status.name, works, status.protects)
+        fields = {"layers": [{"name": s.name, "missing": s.missing} for s in found]}
+        finish(fields, json_, lambda: console.print(table))
+
+
+@app.command(epilog="Example: cenacle enclave measure --json")
+def measure(
+    layers_: Annotated[
+        str, typer.Option("--layers", help="Layers of the sandbox: all, or a,b,c.")
+    ] = "all",
+    json_: JsonOption = False,
+) -> None:
+    """Measure the enclave that this machine would start: reference values for a contract."""
+    with errors_in_words(json_):
+        fields = measure_here(Home.default(), None if layers_ == "all" else layers_.split(","))
+        table = Table("measurement", "digest")
+        for name, values in fields["reference"]["simulated"].items():
+            table.add_row(name, values[0])
+        finish(fields, json_, lambda: console.print(table))

@@ -1,0 +1,70 @@
+"""``cenacle log``: the broker's transparency log, checked against what was seen before."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from cenacle.broker import merkle
+from cenacle.cli.home import Home
+from cenacle.cli.options import BrokerOption
+from cenacle.cli.output import JsonOption, console, errors_in_words, finish
+from cenacle.documents.base import short
+from cenacle.errors import ProofError
+
+__all__ = ["log"]
+
+
+def log(
+    limit: Annotated[int, typer.Option(help="Show the newest so many entries.")] = 30,
+    broker: BrokerOption = "default",
+    json_: JsonOption = False,
+) -> None:
+    """Show the log, recompute its root from all entries, and prove that it only grew.
+
+    The signed head is compared with the last one seen by this user; a broker that rewrote or
+    shortened its log is found out here.
+    """
+    with errors_in_words(json_):
+        home = Home.default()
+        with home.client(broker) as client:
+            before = home.last_head(client.identity)
+            text, head = client.head(before)
+            bodies = client.entries(head.size)
+        tree = merkle.Frontier()
+        for body in bodies:
+            tree, _ = tree.append(merkle.leaf_hash(body))
+        if tree.root() != head.root:
+            raise ProofError(
+                "the log's entries do not give its signed root",
+                found=tree.root().hex(),
+                expected=head.root.hex(),
+                remedy="keep the head as proof and ask the broker's owner",
+            )
+        home.remember_head(client.identity, text)
+        entries = [json.loads(body) for body in bodies]
+        grown = head.size - (before.size if before else 0)
+
+        def show() -> None:
+            table = Table("entry", "time", "kind", "about", "digest")
+            for index, entry in list(enumerate(entries))[-limit:]:
+                about = entry.get("party") or entry.get("owner") or entry.get("proposer") or ""
+                digest = entry.get("contract") or entry.get("asset") or entry.get("document") or ""
+                table.add_row(str(index), entry["time"], entry["kind"], about, short(digest))
+            console.print(table)
+            seen = "never seen before" if before is None else f"{grown} new since your last look"
+            console.print(
+                f"{head.size} entries, {seen}; root and consistency verified "
+                f"({head.origin}, {head.timestamp})"
+            )
+
+        fields = {
+            "size": head.size,
+            "root": head.root.hex(),
+            "new": grown,
+            "entries": entries[-limit:],
+        }
+        finish(fields, json_, show)

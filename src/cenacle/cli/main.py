@@ -1,0 +1,72 @@
+"""The ``cenacle`` command."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+import cenacle
+from cenacle.cli import broker, contract, demo, enclave, log, party, receipt, run, seal, terms
+from cenacle.cli.output import EXIT_CODES
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="cenacle",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,  # its tracebacks show local variables, hence secrets
+    add_completion=False,
+    help="Confidential machine learning between parties who trust neither each other nor the "
+    "machines they rent.",
+    epilog=EXIT_CODES,
+)
+
+app.add_typer(party.app, name="party")
+app.add_typer(terms.app, name="terms")
+app.add_typer(broker.app, name="broker")
+app.add_typer(enclave.app, name="enclave")
+app.add_typer(demo.app, name="demo")
+app.command(epilog="Example: cenacle seal records.csv --terms terms.yaml --as hospital-a")(
+    seal.seal
+)
+app.command(epilog="Example: cenacle draft job.yaml --out contract.yaml")(contract.draft)
+app.command(epilog="Example: cenacle propose contract.yaml --as clinic")(contract.propose)
+app.command(epilog="Example: cenacle review sha256:4be1... --as hospital-a")(contract.review)
+app.command(epilog="Example: cenacle sign sha256:4be1... --as hospital-a")(contract.sign)
+app.command(epilog='Example: cenacle veto sha256:4be1... --as clinic --reason "wrong recipe"')(
+    contract.veto
+)
+app.command(epilog="Example: cenacle contracts --as clinic")(contract.contracts)
+app.command(
+    epilog="Examples: cenacle run sha256:4be1... --data sealed/ --out results ;  "
+    "cenacle run sha256:4be1... --data sealed/ --out results --resume"
+)(run.run)
+app.command(epilog="Example: cenacle abandon sha256:4be1... --as clinic")(run.abandon)
+app.command(
+    "open",
+    epilog="Example: cenacle open results/receipt.json model --as clinic --out model.safetensors",
+)(receipt.open_)
+app.command(epilog="Example: cenacle verify results/receipt.json")(receipt.verify)
+app.command(epilog="Example: cenacle log --limit 20")(log.log)
+
+
+def _version(shown: bool) -> None:
+    if shown:
+        typer.echo(f"cenacle {cenacle.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    del version
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()

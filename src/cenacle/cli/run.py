@@ -1,0 +1,212 @@
+"""``cenacle run`` and ``cenacle abandon``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+from urllib.parse import urlsplit
+
+import typer
+
+from cenacle.broker.client import BrokerClient
+from cenacle.broker.receipts import OpenedContract
+from cenacle.cli.home import Home
+from cenacle.cli.options import AsOption, BrokerOption, ContractArgument
+from cenacle.cli.output import JsonOption, console, errors_in_words, finish, progress_bar
+from cenacle.errors import CenacleError, ConflictError, EnclaveError, InputError
+
+if TYPE_CHECKING:
+    from cenacle.enclave.launcher import RunningEnclave
+
+__all__ = ["abandon", "run"]
+
+_WORDS = {
+    "starting": "starting the enclave",
+    "attesting": "checking sealed files and measuring",
+    "keys": "showing evidence to the broker",
+    "assets": "opening assets",
+    "running": "running",
+    "outputs": "sealing outputs",
+    "receipt": "settling and signing the receipt",
+    "closing": "closing",
+}
+
+
+def find_sealed(opened: OpenedContract, places: list[Path]) -> dict[str, Path]:
+    """The sealed file of each asset, found by its header among files and folders.
+
+    Raises:
+        InputError: naming every asset whose file is not there.
+    """
+    from cenacle.sealing.container import HEADER_BYTES, Header
+
+    def candidates() -> Iterator[Path]:
+        for place in places:
+            if place.is_dir():
+                yield from sorted(p for p in place.rglob("*.sealed") if p.is_file())
+            else:
+                yield place
+
+    wanted = {asset.container.header: alias for alias, asset in opened.assets.items()}
+    found: dict[str, Path] = {}
+    for path in candidates():
+        with path.open("rb") as file:
+            head = file.read(HEADER_BYTES)
+        try:
+            digest = f"sha256:{Header.parse(head).digest().hex()}"
+        except CenacleError:
+            continue  # not a sealed file
+        if digest in wanted:
+            found.setdefault(wanted[digest], path)
+    if missing := [alias for alias in opened.assets if alias not in found]:
+        raise InputError(
+            "the sealed files of some assets are not there",
+            found=f"nothing for {', '.join(missing)}",
+            expected="their .sealed files",
+            remedy="get them from their owners and name them, or their folder, with --data",
+        )
+    return found
+
+
+def run(
+    contract: ContractArgument,
+    data: Annotated[list[Path], typer.Option(help="Sealed files, or folders of them; repeatable.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for sealed outputs and receipt.")
+    ],
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Take over the contract's interrupted run.")
+    ] = False,
+    layers: Annotated[
+        str, typer.Option(help="Sandbox layers: those the contract demands, all, or a,b,c.")
+    ] = "contract",
+    threads: Annotated[int | None, typer.Option(help="Threads of the enclave's algebra.")] = None,
+    broker: BrokerOption = "default",
+    json_: JsonOption = False,
+) -> None:
+    """Start an enclave here, run a contract in it, and keep its sealed outputs and receipt.
+
+    The operator of this command needs no key and sees no plaintext that the enclave's
+    protection keeps from them; a SIMULATED enclave keeps nothing from root.
+    """
+    from cenacle.enclave.launcher import LaunchRequest, ProcessLauncher
+    from cenacle.enclave.receipt import DRAFT_FILE
+    from cenacle.enclave.receipt import finish as finish_receipt
+    from cenacle.enclave.sandbox import plan
+
+    with errors_in_words(json_):
+        started = time.monotonic()
+        home = Home.default()
+        with home.client(broker) as client:
+            opened = client.contract(contract)
+            files = find_sealed(opened, data)
+            out.mkdir(parents=True, exist_ok=True)
+            open_run = client.open_run(contract)
+            if resume and (out / DRAFT_FILE).is_file():
+                # The job was done; only its last step is missing.
+                _report(finish_receipt(client, out), started, json_)
+                return
+            _check_run(resume, open_run)
+            demanded = opened.contract.enclave.layers
+            chosen = {"contract": demanded, "all": None}.get(layers, layers.split(","))
+            checkpoints = out / "checkpoints"
+            checkpoints.mkdir(exist_ok=True)
+            request = LaunchRequest(
+                broker=_address(client),
+                plan=plan(chosen),
+                config={
+                    "contract": contract,
+                    "broker": client.identity.to_fields(),
+                    "resume": open_run if resume else None,
+                },
+                read_only={
+                    "installation": _installation(home),
+                    **{f"asset-{i}": files[alias] for i, alias in enumerate(opened.assets)},
+                },
+                writable={"outputs": out, "checkpoints": checkpoints},
+                argv=("-m", "cenacle.enclave"),
+                threads=threads,
+            )
+            receipt = _watch(ProcessLauncher().launch(request), out, json_)
+        _report(receipt, started, json_)
+
+
+def _installation(home: Home) -> Path:
+    home.installation()  # make it if this is the first run here
+    return home.installation_path
+
+
+def _address(client: BrokerClient) -> tuple[str, int]:
+    url = urlsplit(client.identity.url or "")
+    return (url.hostname or "", url.port or 443)
+
+
+def _check_run(resume: bool, open_run: str | None) -> None:
+    if resume and open_run is None:
+        raise ConflictError(
+            "there is no interrupted run to resume",
+            found="no open run of this contract",
+            expected="a run that was started and not finished",
+            remedy="start one without --resume",
+        )
+    if not resume and open_run is not None:
+        raise ConflictError(
+            "a run of this contract is open already",
+            found=f"run {open_run[:12]}",
+            expected="none: a new run is charged anew",
+            remedy="take it over with --resume, or give it up with `cenacle abandon`",
+        )
+
+
+def _watch(enclave: RunningEnclave, out: Path, json_: bool) -> Path:
+    from cenacle.enclave.channel import Failed, Finished, Progress, Stage
+
+    with enclave, progress_bar("starting", not json_) as report:
+        for message in enclave.messages():
+            match message:
+                case Stage(name):
+                    if not json_:
+                        console.print(f"  enclave: {_WORDS[name]}")
+                case Progress(done, total):
+                    report(done, total)
+                case Failed():
+                    raise message.to_error()
+                case Finished():
+                    enclave.wait(30)
+                    return out / "receipt.json"
+    raise EnclaveError("the enclave ended without a result")
+
+
+def _report(receipt: Path, started: float, json_: bool) -> None:
+    seconds = round(time.monotonic() - started, 2)
+    finish(
+        {"receipt": str(receipt), "seconds": seconds},
+        json_,
+        lambda: console.print(f"receipt {receipt} after {seconds} s"),
+    )
+
+
+def abandon(
+    contract: ContractArgument,
+    as_: AsOption,
+    broker: BrokerOption = "default",
+    json_: JsonOption = False,
+) -> None:
+    """Give up a contract's interrupted run. Its uses stay charged."""
+    with errors_in_words(json_):
+        home = Home.default()
+        keys = home.party(as_)
+        with home.client(broker) as client:
+            run_id = client.open_run(contract)
+            if run_id is None:
+                raise ConflictError(
+                    "there is no open run to abandon", found="none", expected="an open run"
+                )
+            client.abandon(run_id, keys.signing_key, as_)
+        finish(
+            {"contract": contract, "abandoned": run_id},
+            json_,
+            lambda: console.print(f"abandoned run {run_id[:12]}; its uses stay charged"),
+        )

@@ -1,0 +1,125 @@
+"""``cenacle seal``: encrypt data, a model or a program, state its terms, hand over its key."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from cenacle.cli.home import Home, write_file
+from cenacle.cli.options import AsOption, BrokerOption, OutOption
+from cenacle.cli.output import JsonOption, console, errors_in_words, finish, progress_bar
+from cenacle.crypto import SecretBytes
+from cenacle.documents.asset import Asset
+from cenacle.documents.base import format_time
+from cenacle.documents.dsse import Envelope
+from cenacle.documents.terms import Terms
+
+__all__ = ["manifest_path", "seal"]
+
+
+def manifest_path(sealed: Path) -> Path:
+    """Where the signed manifest of a sealed file lies: beside it."""
+    return sealed.with_name(sealed.name + ".asset.json")
+
+
+def seal(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="A table (.csv, .parquet, .arrow), tensors (.npz, .safetensors, IDX, .pt), any "
+            "file, or a program's directory."
+        ),
+    ],
+    terms: Annotated[Path, typer.Option(help="Your terms, as YAML.")],
+    as_: AsOption,
+    type_: Annotated[
+        Literal["dataset", "model"] | None,
+        typer.Option("--type", help="What it is; a directory is a program."),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="The asset's name; default: the file's.")] = None,
+    out: OutOption = None,
+    replaces: Annotated[
+        str | None, typer.Option(help="Digest of your asset that this one replaces.")
+    ] = None,
+    allow_missing: Annotated[
+        bool, typer.Option("--allow-missing", help="Accept empty cells and NaN in a table.")
+    ] = False,
+    broker: BrokerOption = "default",
+    json_: JsonOption = False,
+) -> None:
+    """Seal an asset under a fresh key, sign its manifest, and hand the key to the broker.
+
+    The key goes to the pinned broker only, wrapped and bound to this manifest and its terms.
+    """
+    from cenacle.sealing import seal_path
+
+    with errors_in_words(json_):
+        home = Home.default()
+        keys = home.party(as_)
+        stated = Terms.from_yaml(terms.read_bytes())
+        target = out or source.with_name(source.name + ".sealed")
+        kind = "program" if source.is_dir() else (type_ or "dataset")
+        with home.client(broker) as client, SecretBytes.random(32) as key:
+            client.check_identity()
+            with progress_bar(f"sealing {source.name}", not json_) as report:
+                info = seal_path(source, target, key, allow_missing=allow_missing, progress=report)
+            try:
+                asset = Asset.from_fields(
+                    {
+                        "name": name or _as_name(source),
+                        "owner": as_,
+                        "owner_digest": keys.party.digest,
+                        "type": kind,
+                        "content": info.kind,
+                        "container": {
+                            "header": info.header_digest,
+                            "digest": info.digest,
+                            "size": info.size,
+                            "plaintext_bytes": info.plaintext_bytes,
+                        },
+                        "layout": info.schema if kind != "program" else {},
+                        "package": info.schema.get("package"),
+                        "broker": client.identity.digest,
+                        "terms": stated.to_fields(),
+                        "replaces": replaces,
+                        "created": format_time(datetime.now(UTC)),
+                    }
+                )
+                envelope = Envelope.sign(asset, keys.signing_key)
+                client.deposit(envelope, key, keys.signing_key)
+            except BaseException:
+                target.unlink(missing_ok=True)  # its key is gone: nobody could ever open it
+                raise
+        manifest = manifest_path(target)
+        write_file(manifest, envelope.to_json().encode())
+        fields = {
+            "asset": asset.digest,
+            "sealed": str(target),
+            "manifest": str(manifest),
+            "content": info.kind,
+            "package": asset.package,
+            "bytes": info.size,
+        }
+        finish(
+            fields,
+            json_,
+            lambda: console.print(
+                f"sealed {target} ({info.kind}, {info.plaintext_bytes:,} bytes of plaintext)\n"
+                f"asset  {asset.digest}\n"
+                + (
+                    f"package {asset.package}  (owners allow this digest)\n"
+                    if asset.package
+                    else ""
+                )
+                + f"its key is with {client.identity.origin} alone, bound to your terms",
+                markup=False,
+            ),
+        )
+
+
+def _as_name(source: Path) -> str:
+    cleaned = "".join(c if c.isascii() and c.isalnum() else "-" for c in source.stem.lower())
+    return cleaned.strip("-")[:63].strip("-") or "asset"

@@ -1,0 +1,93 @@
+"""``cenacle terms``: a template to start from, and what terms say in plain words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cenacle.cli.home import write_file
+from cenacle.cli.options import OutOption
+from cenacle.cli.output import JsonOption, console, errors_in_words, finish
+from cenacle.documents.terms import PrivacyBudget, Terms
+
+__all__ = ["TEMPLATE", "app", "in_words"]
+
+app = typer.Typer(no_args_is_help=True, help="State what may be done with an asset.")
+
+TEMPLATE = """\
+# What may be done with an asset. A field left out means the safe default; [] means none.
+kind: terms
+protection: tee          # tee | measured | simulated: the weakest that is acceptable
+recipes: []              # model types (logistic, mlp, cnn, graph) or digests of whole recipes
+programs: []             # digests of programs that may run (sha256:...)
+offload: [enclave]       # schemes under which algebra may leave the enclave; enclave: it may not
+privacy: {epsilon: 0.0, delta: 0.0}   # total budget; `unbounded`: no differential privacy needed
+recipients: []           # who may receive outputs: names, or name@sha256:...
+outputs: []              # kinds that may leave: model, metrics, table, file
+purposes: []             # purposes that a contract may state
+uses: 1                  # runs in all
+expires: 2027-12-31
+approval: owner          # owner: you sign each contract | terms: meeting these terms suffices
+# price: {amount: 5000, currency: EUR}   # in cents, for each use
+"""
+
+
+@app.command(epilog="Example: cenacle terms new --out terms.yaml")
+def new(out: OutOption = None, json_: JsonOption = False) -> None:
+    """Write a commented template that allows nothing yet."""
+    with errors_in_words(json_):
+        if out is not None:
+            write_file(out, TEMPLATE.encode())
+        finish(
+            {"terms": None if out is None else str(out), "template": TEMPLATE},
+            json_,
+            lambda: console.print(TEMPLATE if out is None else f"wrote {out}", markup=False),
+        )
+
+
+@app.command(epilog="Example: cenacle terms check terms.yaml")
+def check(
+    file: Annotated[Path, typer.Argument(help="Terms as YAML.")], json_: JsonOption = False
+) -> None:
+    """Check terms and say in plain words what they allow."""
+    with errors_in_words(json_):
+        terms = Terms.from_yaml(file.read_bytes())
+        finish(
+            {"digest": terms.digest, **terms.to_fields()},
+            json_,
+            lambda: console.print("\n".join(in_words(terms)), markup=False),
+        )
+
+
+def in_words(terms: Terms, owner: str = "the owner") -> list[str]:
+    """One sentence a clause, for someone who must decide."""
+
+    def some(items: tuple[str, ...]) -> str:
+        return ", ".join(items) or "nothing"
+
+    budget = terms.privacy
+    recipients = (owner,) if terms.recipients is None else terms.recipients
+    protection = {
+        "tee": "inside trusted hardware that keeps the machine's owner out",
+        "measured": "on a machine whose software was measured; its owner could still read memory",
+        "simulated": "in a SIMULATED enclave, which protects from nobody with root",
+    }[terms.protection]
+    return [
+        f"Plaintext may exist {protection}, or anything stronger.",
+        f"Recipes that may run: {some(terms.recipes)}. Programs: {some(terms.programs)}.",
+        f"Offload schemes: {some(terms.offload)}.",
+        "Outputs need no differential privacy: they may reveal single records."
+        if not isinstance(budget, PrivacyBudget)
+        else f"All uses together may spend epsilon {budget.epsilon} at delta {budget.delta}.",
+        f"What may leave: {some(terms.outputs)}; to: {some(recipients)}.",
+        f"Purposes: {some(terms.purposes)}.",
+        f"Uses in all: {terms.uses}, until {terms.expires}.",
+        "Price: none."
+        if terms.price is None
+        else f"Price of a use: {terms.price.amount / 100:.2f} {terms.price.currency}.",
+        "Each contract needs the owner's signature."
+        if terms.approval == "owner"
+        else "A contract that meets these terms needs no signature of the owner.",
+    ]
