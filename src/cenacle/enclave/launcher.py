@@ -61,7 +61,7 @@ class LaunchRequest:
     config: Mapping[str, Any] = field(default_factory=dict)
     read_only: Mapping[str, Path] = field(default_factory=dict)
     writable: Mapping[str, Path] = field(default_factory=dict)
-    argv: tuple[str, ...] = ("-m", "cenacle.enclave.agent")
+    argv: tuple[str, ...] = ("-m", "cenacle.enclave")
     threads: int | None = None
 
 

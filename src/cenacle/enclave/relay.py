@@ -14,7 +14,7 @@ import socket
 import tempfile
 import threading
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from cenacle.errors import UnavailableError
 
@@ -55,7 +55,7 @@ class Relay:
         self._stop: asyncio.Event | None = None
         self._ready = threading.Event()
         self._error: OSError | None = None
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._open: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
         self.refused: str | None = None
 
     @property
@@ -121,23 +121,35 @@ class Relay:
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
-        server = await asyncio.start_unix_server(self._connection, self.path, limit=_CHUNK)
+        server = await asyncio.start_unix_server(self._accept, self.path, limit=_CHUNK)
         self.path.chmod(0o600)
         self._ready.set()
         try:
             await self._stop.wait()
         finally:
+            # A server closed while it accepts would lose that socket (CPython 3.11): accept no
+            # more, let what was accepted become a connection within a few rounds, then close.
+            for listener in server.sockets:
+                self._loop.remove_reader(listener.fileno())
+            for _ in range(5):
+                await asyncio.sleep(0)
             server.close()
-            for task in self._tasks:
+            for task, writer in self._open.items():
                 task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+                writer.transport.abort()
+            await asyncio.gather(*self._open, return_exceptions=True)
+            await asyncio.sleep(0)  # aborted transports close their sockets in the next round
 
-    async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        if task is None or len(self._tasks) >= _MAX_CONNECTIONS:
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        # A plain function: a task that is cancelled before it starts would leave its socket open.
+        if len(self._open) >= _MAX_CONNECTIONS:
             writer.transport.abort()
             return
-        self._tasks.add(task)
+        task = asyncio.get_running_loop().create_task(self._forward(reader, writer))
+        self._open[task] = writer
+        task.add_done_callback(self._open.pop)
+
+    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         broker: asyncio.StreamWriter | None = None
         try:
             broker_reader, broker = await self._connect()
@@ -150,7 +162,6 @@ class Relay:
         except* (OSError, TimeoutError):
             pass  # the enclave sees its connection cut, and asks again or gives up
         finally:
-            self._tasks.discard(task)
             for one in (writer, broker):
                 if one is not None:
                     one.transport.abort()

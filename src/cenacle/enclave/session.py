@@ -11,12 +11,17 @@ from cenacle.attestation.binding import report_data
 from cenacle.attestation.claims import Evidence
 from cenacle.attestation.registry import Attester
 from cenacle.broker.client import BrokerClient
-from cenacle.broker.messages import CheckpointRecord, ReleaseRequest, ReleaseResponse
-from cenacle.broker.release import release_context
+from cenacle.broker.entries import ReleaseEntry
+from cenacle.broker.messages import (
+    CheckpointRecord,
+    ReleaseRequest,
+    ReleaseResponse,
+    release_context,
+)
 from cenacle.crypto import HpkePrivateKey, SecretBytes, SigningKey, derive_key
 from cenacle.documents.base import b64, parse_json, unb64
 from cenacle.documents.receipt import Binding
-from cenacle.errors import EnclaveError
+from cenacle.errors import EnclaveError, ProofError
 
 __all__ = ["Session"]
 
@@ -74,6 +79,7 @@ class Session:
                 resume=resume,
             )
         )
+        _check_logged(release, contract, evidence, signing_key)
         context = release_context(contract, release.run, nonce)
         with hpke_key.open(unb64(release.sealed_keys), *context) as message:
             fields = parse_json(bytes(message.view()))
@@ -113,3 +119,19 @@ class Session:
 
 def _secret(text: str) -> SecretBytes:
     return SecretBytes(bytearray(unb64(text)))
+
+
+def _check_logged(
+    release: ReleaseResponse, contract: str, evidence: Evidence, key: SigningKey
+) -> None:
+    """The log must speak of this very release, or the receipt could never be verified."""
+    entry = ReleaseEntry.from_canonical(unb64(release.log.entry))
+    logged = (entry.contract, entry.run, entry.resumed, entry.evidence, entry.enclave_key)
+    ours = (contract, release.run, release.resumed, evidence.digest, key.verify_key.keyid)
+    if logged != ours:
+        raise ProofError(
+            "the broker logged another release than it made",
+            found=", ".join(map(str, logged)),
+            expected=", ".join(map(str, ours)),
+            remedy="do not use this broker; its log cannot vouch for the job",
+        )

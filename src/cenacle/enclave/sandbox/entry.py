@@ -14,7 +14,6 @@ import importlib
 import json
 import os
 import socket
-import signal
 import stat
 import sys
 from collections.abc import Callable, Mapping

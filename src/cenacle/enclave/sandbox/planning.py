@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import rfc8785
 
+from cenacle.enclave.sandbox import linux
 from cenacle.enclave.sandbox.base import InnerLayer, OuterLayer, View, layer, layers
 from cenacle.errors import CenacleError, EnclaveError, UnavailableError
 
@@ -123,7 +125,11 @@ def plan(requested: Sequence[str] | None = None) -> SandboxPlan:
 
 
 def apply_inner(chosen: SandboxPlan, view: View) -> None:
-    """Apply the plan's inner layers to this process, for good; raises EnclaveError."""
+    """Apply the plan's inner layers to this process, for good; raises EnclaveError.
+
+    Whatever the plan, the process dies with whoever started it.
+    """
+    linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
     for one in chosen.inner():
         one.apply(view)
 

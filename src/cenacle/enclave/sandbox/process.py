@@ -51,6 +51,7 @@ class ProcessLayer(InnerLayer):
 
     def apply(self, view: View) -> None:  # noqa: ARG002 - the same for every job
         try:
+            # apply_inner did this already; a layer tried alone must hold as well.
             linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             # Keys in locked memory count against this limit.

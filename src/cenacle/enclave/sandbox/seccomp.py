@@ -1,7 +1,8 @@
 """Layer ``seccomp``: the system calls an enclave may make (seccomp-bpf through libseccomp).
 
 An allow-list (:mod:`cenacle.enclave.sandbox.syscalls`), with conditions on the calls that do
-both harmless and harmful things. In particular no program can be executed, no process made,
+both harmless and harmful things. A view without a socket (that of a program's process) gets
+no new socket at all. In particular no program can be executed, no process made,
 no network socket opened, no other process looked into, and no limit raised again.
 """
 
@@ -62,8 +63,9 @@ class SeccompLayer(InnerLayer):
                 "kill": "itself",
                 "prctl": sorted(PRCTLS),
                 "prlimit64": "reading",
-                "socket": "AF_UNIX",
-                "socketpair": "AF_UNIX",
+                "connect": "if the view has a socket",
+                "socket": "AF_UNIX, if the view has a socket",
+                "socketpair": "AF_UNIX, if the view has a socket",
                 "tgkill": "itself",
             },
             "foreign_architecture": "kill",
@@ -74,16 +76,16 @@ class SeccompLayer(InnerLayer):
     def accepts(self, settings: Mapping[str, Any]) -> bool:
         return dict(settings) == self.settings()
 
-    def apply(self, view: View) -> None:  # noqa: ARG002 - the same for every job
+    def apply(self, view: View) -> None:
         api = _api()
         try:
-            self._filter(api).load()
+            self._filter(api, sockets=bool(view.sockets)).load()
         except OSError as error:
             raise EnclaveError(
                 "the sandbox layer seccomp cannot be applied", found=error.strerror
             ) from None
 
-    def _filter(self, api: Any) -> Any:
+    def _filter(self, api: Any, *, sockets: bool) -> Any:
         refuse, allow = api.ERRNO(errno.EPERM), api.ALLOW
         chosen = api.SyscallFilter(api.ERRNO(errno.ENOSYS))
         chosen.set_attr(api.Attr.ACT_BADARCH, api.KILL_PROCESS)
@@ -101,8 +103,12 @@ class SeccompLayer(InnerLayer):
         for name in sorted(REFUSED):
             add(refuse, name)
         for name in ("socket", "socketpair"):
-            add(allow, name, api.Arg(0, api.EQ, socket.AF_UNIX))
-            add(refuse, name, api.Arg(0, api.NE, socket.AF_UNIX))
+            if sockets:
+                add(allow, name, api.Arg(0, api.EQ, socket.AF_UNIX))
+                add(refuse, name, api.Arg(0, api.NE, socket.AF_UNIX))
+            else:
+                add(refuse, name)
+        add(allow if sockets else refuse, "connect")
         for name in ("kill", "tgkill"):
             add(allow, name, api.Arg(0, api.EQ, os.getpid()))
             add(refuse, name, api.Arg(0, api.NE, os.getpid()))

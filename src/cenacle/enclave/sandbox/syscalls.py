@@ -43,7 +43,7 @@ epoll_create epoll_create1 epoll_ctl epoll_pwait epoll_pwait2 epoll_wait eventfd
 getrandom pipe pipe2 poll ppoll pselect6 select
 """
 _UNIX_SOCKETS = """
-connect getpeername getsockname getsockopt recvfrom recvmmsg recvmsg sendmmsg sendmsg sendto
+getpeername getsockname getsockopt recvfrom recvmmsg recvmsg sendmmsg sendmsg sendto
 setsockopt shutdown
 """
 

@@ -136,6 +136,9 @@ class ProcessWatch:
             finally:
                 started.set()
             before = _oom_kills()
+            # A child that outlives the agent would keep the channel open.
+            reaper = threading.Thread(target=self._end_group, name="cenacle-reaper", daemon=True)
+            reaper.start()
             violation: CenacleError | None = None
             try:
                 for message in read_messages(reader):
@@ -146,7 +149,7 @@ class ProcessWatch:
                         break
             except CenacleError as error:
                 violation = error
-            status = self._reap(at_once=violation is not None)
+            status = self._reap(reaper, at_once=violation is not None)
             result = violation or self._judge(status, _oom_kills() > before, errors)
             with self._changed:
                 self._result = result
@@ -187,17 +190,21 @@ class ProcessWatch:
         self._alive = True
         return reader, errors
 
-    def _reap(self, *, at_once: bool) -> int:
-        """Wait for the process, kill what it left behind, and return its status."""
+    def _end_group(self) -> None:
+        """Wait for the process, leave it a zombie, and kill what it left behind."""
+        os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+        self._stop()
+
+    def _reap(self, reaper: threading.Thread, *, at_once: bool) -> int:
+        """Wait for the process, which has little time left if it is done, for its status."""
         ended = bool(self._messages) and isinstance(self._messages[-1], Finished | Failed)
         overdue = threading.Timer(0.0 if at_once else _GRACE_S, self._stop)
         overdue.daemon = True
         if at_once or ended:
             overdue.start()
-        os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+        reaper.join()
         overdue.cancel()
         with self._changed:
-            self._signal_group()
             status = 0 if self._process is None else self._process.wait()
             self._alive = False
         return status
