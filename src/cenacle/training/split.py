@@ -16,7 +16,7 @@ from cenacle.errors import DataError
 from cenacle.training.data import Dataset, PartyRows
 from cenacle.training.randomness import numpy_generator
 
-__all__ = ["Split", "choose", "split_rows"]
+__all__ = ["Split", "choose", "split_rows", "strata_of"]
 
 Rows = NDArray[np.int64]
 
