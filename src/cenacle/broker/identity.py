@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,6 +39,7 @@ __all__ = ["BrokerIdentity", "BrokerKeys", "check_private_file", "private_folder
 KEY_FILE: Final = "broker.key"
 _FORMAT: Final = "cenacle-broker-key-v1"
 _MAX_FILE: Final = 64 * 1024
+_PARTIAL: Final = re.compile(r"\.cenacle-[0-9a-f]+\.partial")
 
 
 class BrokerIdentity(Frozen):
@@ -185,7 +187,8 @@ class BrokerKeys:
                 of another origin.
         """
         with private_folder(folder):
-            fresh = not any(folder.iterdir())
+            # A first start that was killed may have left a nameless partial file.
+            fresh = all(_PARTIAL.fullmatch(path.name) for path in folder.iterdir())
         if fresh:
             try:
                 return cls.create(folder, origin)
@@ -207,15 +210,14 @@ class BrokerKeys:
 
     def _write(self, path: Path) -> None:
         with self.signing_key.seed().view() as signing, self.hpke_key.seed().view() as hpke:
-            data = canonical_json(
-                {
-                    "format": _FORMAT,
-                    "origin": self.identity.origin,
-                    "digest": self.identity.digest,
-                    "signing_seed": b64(bytes(signing)),
-                    "hpke_seed": b64(bytes(hpke)),
-                }
-            )
+            fields = {
+                "format": _FORMAT,
+                "origin": self.identity.origin,
+                "signing_seed": b64(bytes(signing)),
+                "hpke_seed": b64(bytes(hpke)),
+            }
+        # Not every bit of an ML-KEM seed shows in its public key, so damage is sought here.
+        data = canonical_json({**fields, "checksum": sha256_digest(canonical_json(fields))})
         with AtomicFile(path, 0o600) as file, disk_errors(f"write {path}"):
             os.fchmod(file.fd, 0o600)
             pwrite_all(file.fd, data, 0)
@@ -225,20 +227,17 @@ class BrokerKeys:
     def _parse(cls, data: bytes, path: Path) -> Self:
         try:
             fields: Any = parse_json(data)
-            if fields["format"] != _FORMAT or set(fields) != {
-                "format",
-                "origin",
-                "digest",
-                "signing_seed",
-                "hpke_seed",
-            }:
-                raise KeyError("format")
+            checksum = fields.pop("checksum")
+            whole = (
+                checksum == sha256_digest(canonical_json(fields))
+                and set(fields) == {"format", "origin", "signing_seed", "hpke_seed"}
+                and fields["format"] == _FORMAT
+            )
             keys = cls(
                 fields["origin"],
                 SigningKey.from_seed(SecretBytes(bytearray(unb64(fields["signing_seed"])))),
                 HpkePrivateKey(SecretBytes(bytearray(unb64(fields["hpke_seed"])))),
             )
-            whole = keys.identity.digest == fields["digest"]
         except (DocumentError, InputError, KeyError, TypeError, ValueError, AttributeError):
             whole = False
         if not whole:

@@ -38,6 +38,7 @@ __all__ = [
     "SettledOutput",
     "Settlement",
     "SignatureUpload",
+    "release_context",
 ]
 
 EnvelopeFields = dict[str, Any]
@@ -174,3 +175,8 @@ class Settlement(Document):
     contract: Digest
     receipt: Digest
     outputs: Annotated[tuple[SettledOutput, ...], Field(min_length=1)]
+
+
+def release_context(contract: str, run: str, nonce: bytes) -> tuple[bytes, ...]:
+    """What the sealed keys of a release are bound to."""
+    return (b"cenacle/release", contract.encode(), run.encode(), nonce)

@@ -23,6 +23,7 @@ from cenacle.broker.messages import (
     ReleaseRequest,
     ReleaseResponse,
     Settlement,
+    release_context,
 )
 from cenacle.broker.records import load_asset
 from cenacle.broker.rules import Facts, decide, require
@@ -35,12 +36,7 @@ from cenacle.documents.dsse import Envelope
 from cenacle.documents.receipt import LogInclusion
 from cenacle.errors import ConflictError, EvidenceError, InputError, RefusedError
 
-__all__ = ["ReleaseDesk", "job_context", "release_context"]
-
-
-def release_context(contract: str, run: str, nonce: bytes) -> tuple[bytes, ...]:
-    """What the sealed keys of a release are bound to."""
-    return (b"cenacle/release", contract.encode(), run.encode(), nonce)
+__all__ = ["ReleaseDesk", "job_context"]
 
 
 def job_context(contract: str, run: str) -> tuple[bytes, ...]:
@@ -95,6 +91,13 @@ class ReleaseDesk:
         except EvidenceError as error:
             problem = error.diagnostics()  # becomes a clause, beside all others that fail
 
+        if claims is None:
+            # Certain to be refused: strangers without evidence do not reach the writer.
+            with broker.store.read() as tx:
+                facts = broker.facts(tx, request.contract, excluded_run=request.resume or "")
+            require(decide(replace(facts, evidence_error=problem, now=moment)))
+        assert claims is not None  # a missing claim is a failed clause
+
         # Made before the change, so that the writer does no public-key work for it.
         run = request.resume or secrets.token_hex(16)
         job_secret = SecretBytes.random(32)
@@ -106,9 +109,8 @@ class ReleaseDesk:
             if request.resume is not None:
                 self._resumable(tx, request)
             facts = broker.facts(tx, request.contract, excluded_run=request.resume or "")
-            facts = replace(facts, claims=claims, evidence_error=problem, now=moment)
+            facts = replace(facts, claims=claims, now=moment)
             require(decide(facts))
-            assert claims is not None  # a missing claim is a failed clause
             return self._commit(tx, request, facts, claims, evidence, enclave_key, run, wrapped)
 
         done = broker.write(change)

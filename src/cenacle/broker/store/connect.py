@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import sqlite3
 import stat
 from pathlib import Path
 from typing import Any, Final
@@ -145,6 +146,13 @@ def make_engine(url: sa.URL, *, read_only: bool) -> sa.Engine:
 
 
 def _set_up_sqlite(cursor: Any, read_only: bool) -> None:
+    if sqlite3.sqlite_version_info < (3, 35):
+        raise UnavailableError(
+            "Python's SQLite is too old",
+            found=sqlite3.sqlite_version,
+            expected="3.35 or later",
+            remedy="use a newer Python, or PostgreSQL",
+        )
     cursor.execute(f"PRAGMA busy_timeout = {_BUSY_MS}")
     mode = cursor.execute("PRAGMA journal_mode = WAL").fetchone()[0]
     if mode != "wal":

@@ -136,7 +136,7 @@ class ReadTransaction:
         row = self._session.one(
             "SELECT id, contract, state, created_at, releases, enclave_key, job_secret_wrapped,"
             " checkpoint_version, checkpoint_digest, settled_at, receipt_digest"
-            " FROM runs WHERE contract = :contract AND state = 'open'",
+            " FROM runs WHERE open_contract = :contract",
             contract=contract,
         )
         return None if row is None else RunRow(*row)

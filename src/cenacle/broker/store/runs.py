@@ -7,6 +7,8 @@ somebody else came first; nothing was changed then. Who may do a thing is not de
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from cenacle.broker.ledger import (
     MAX_UNITS,
     Charge,
@@ -17,7 +19,8 @@ from cenacle.broker.ledger import (
     settled_charge,
 )
 from cenacle.broker.store.reads import ReadTransaction
-from cenacle.broker.store.rows import RunRow
+from cenacle.broker.store.session import Session
+from cenacle.broker.store.totals import Totals
 from cenacle.errors import ConflictError, InputError, RefusedError
 
 __all__ = ["RunWrites"]
@@ -26,7 +29,18 @@ __all__ = ["RunWrites"]
 class RunWrites(ReadTransaction):
     """The part of a :class:`~cenacle.broker.store.Transaction` about runs and budgets."""
 
-    __slots__ = ()
+    __slots__ = ("_totals",)
+
+    def __init__(self, session: Session, totals: Totals) -> None:
+        super().__init__(session)
+        self._totals = totals
+
+    def ledger(self, asset: str) -> LedgerView:
+        known = self._totals.find(asset)
+        if known is None:
+            known = super().ledger(asset)
+            self._totals.set(asset, known, changed=False)
+        return known
 
     # Runs
 
@@ -35,8 +49,9 @@ class RunWrites(ReadTransaction):
     ) -> None:
         """Open a run; ConflictError if the id exists or the contract has an open run."""
         changed = self._session.run(
-            "INSERT INTO runs (id, contract, state, created_at, releases, job_secret_wrapped,"
-            " checkpoint_version) VALUES (:run, :contract, 'open', :created_at, 0, :secret, 0)"
+            "INSERT INTO runs (id, contract, open_contract, state, created_at, releases,"
+            " job_secret_wrapped, checkpoint_version)"
+            " VALUES (:run, :contract, :contract, 'open', :created_at, 0, :secret, 0)"
             " ON CONFLICT DO NOTHING",
             run=run,
             contract=contract,
@@ -67,15 +82,16 @@ class RunWrites(ReadTransaction):
 
         Returns the number of releases, this one included; ConflictError if it is not open.
         """
-        changed = self._session.run(
+        row = self._session.one(
             "UPDATE runs SET releases = releases + 1, enclave_key = :enclave_key"
-            " WHERE id = :run AND state = 'open'",
+            " WHERE id = :run AND state = 'open' RETURNING releases",
             run=run,
             enclave_key=enclave_key,
         )
-        if not changed:
+        if row is None:
             raise self._not_open(run)
-        return self._existing_run(run).releases
+        releases: int = row[0]
+        return releases
 
     def advance_checkpoint(self, run: str, version: int, digest: str) -> None:
         """Make a checkpoint the newest; versions only grow.
@@ -112,8 +128,8 @@ class RunWrites(ReadTransaction):
 
     def _close_run(self, run: str, state: str, at: str, receipt_digest: str | None) -> None:
         changed = self._session.run(
-            "UPDATE runs SET state = :state, settled_at = :moment, receipt_digest = :receipt"
-            " WHERE id = :run AND state = 'open'",
+            "UPDATE runs SET state = :state, open_contract = NULL, settled_at = :moment,"
+            " receipt_digest = :receipt WHERE id = :run AND state = 'open'",
             run=run,
             state=state,
             moment=at,
@@ -121,12 +137,6 @@ class RunWrites(ReadTransaction):
         )
         if not changed:
             raise self._not_open(run)
-
-    def _existing_run(self, run: str) -> RunRow:
-        found = self.run(run)
-        if found is None:
-            raise InputError("a run does not exist", found=run)
-        return found
 
     def _not_open(self, run: str) -> ConflictError:
         found = self.run(run)
@@ -148,22 +158,38 @@ class RunWrites(ReadTransaction):
             ConflictError: the run is not open, has this asset reserved, or either is unknown.
             RefusedError: the asset's totals are beyond counting.
         """
-        if self._existing_run(run).state != "open":
-            raise self._not_open(run)
-        changed = self._session.run(
+        self.reserve_all(run, {asset: charge}, event)
+
+    def reserve_all(self, run: str, charges: Mapping[str, Charge], event: str = "{}") -> None:
+        """:meth:`reserve` several assets in one round trip to the database."""
+        rows = [
+            {
+                "run": run,
+                "asset": asset,
+                "uses": charge.uses,
+                "epsilon": None if charge.epsilon is None else float(charge.epsilon),
+                "delta": None if charge.delta is None else float(charge.delta),
+                "event": event,
+            }
+            for asset, charge in charges.items()
+        ]
+        changed = self._session.run_many(
             "INSERT INTO reservations (run, asset, uses, epsilon, delta, event, state)"
-            " VALUES (:run, :asset, :uses, :epsilon, :delta, :event, 'reserved')"
+            " SELECT id, CAST(:asset AS TEXT), CAST(:uses AS BIGINT),"
+            " CAST(:epsilon AS DOUBLE PRECISION), CAST(:delta AS DOUBLE PRECISION),"
+            " CAST(:event AS TEXT), 'reserved' FROM runs WHERE id = :run AND state = 'open'"
             " ON CONFLICT DO NOTHING",
-            run=run,
-            asset=asset,
-            uses=charge.uses,
-            epsilon=None if charge.epsilon is None else float(charge.epsilon),
-            delta=None if charge.delta is None else float(charge.delta),
-            event=event,
+            rows,
         )
-        if not changed:
-            raise ConflictError("a run has reserved this asset already", found=asset)
-        self._set_totals(asset, self.ledger(asset).charged(charge))
+        if changed != len(rows):
+            known = self.run(run)
+            if known is None or known.state != "open":
+                raise self._not_open(run)
+            raise ConflictError(
+                "a run has reserved this asset already", found=", ".join(sorted(charges))
+            )
+        for asset, charge in charges.items():
+            self._set_totals(asset, self.ledger(asset).charged(charge))
 
     def settle(
         self, run: str, asset: str, epsilon: float | None = None, delta: float | None = None
@@ -209,20 +235,7 @@ class RunWrites(ReadTransaction):
                 found=f"more than {MAX_UNITS} units",
                 expected="epsilon below 4.6e9, delta below 4.6",
             )
-        self._session.run(
-            "UPDATE asset_totals SET uses_reserved = :uses_reserved,"
-            " uses_settled = :uses_settled, epsilon_reserved = :epsilon_reserved,"
-            " epsilon_settled = :epsilon_settled, delta_reserved = :delta_reserved,"
-            " delta_settled = :delta_settled, unbounded = :unbounded WHERE asset = :asset",
-            asset=asset,
-            uses_reserved=amounts[0],
-            uses_settled=amounts[1],
-            epsilon_reserved=amounts[2],
-            epsilon_settled=amounts[3],
-            delta_reserved=amounts[4],
-            delta_settled=amounts[5],
-            unbounded=view.unbounded,
-        )
+        self._totals.set(asset, view, changed=True)
 
 
 def _moved(view: LedgerView, reservation: Reservation, charge: Charge) -> LedgerView:

@@ -7,6 +7,7 @@ driver, compiled once per dialect, because the committer runs thousands a second
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -14,7 +15,11 @@ import sqlalchemy as sa
 
 from cenacle.errors import ConflictError, InputError, UnavailableError
 
-__all__ = ["Dialect", "Session"]
+__all__ = ["Dialect", "Memo", "Session"]
+
+_REMEMBERED: Final = frozenset({"assets", "contracts", "meta", "parties", "signatures", "vetoes"})
+_SELECT: Final = re.compile(r"SELECT [^()]* FROM (\w+)(?: WHERE [^()]*)?")
+_CHANGE: Final = re.compile(r"(?:INSERT INTO|UPDATE|DELETE FROM) (\w+)\b")
 
 
 class Dialect:
@@ -25,6 +30,7 @@ class Dialect:
         self._sqlalchemy = engine.dialect
         self.dbapi: Final[Any] = engine.dialect.loaded_dbapi
         self._compiled: dict[str, str] = {}
+        self._tables: dict[str, tuple[str | None, str | None]] = {}
 
     def compile(self, statement: str) -> str:
         """``:name`` parameters in the driver's own form."""
@@ -33,6 +39,15 @@ class Dialect:
             compiled = str(sa.text(statement).compile(dialect=self._sqlalchemy))
             self._compiled[statement] = compiled
         return compiled
+
+    def tables(self, statement: str) -> tuple[str | None, str | None]:
+        """The one table that a plain SELECT reads, and the one that a statement changes."""
+        known = self._tables.get(statement)
+        if known is None:
+            read, changed = _SELECT.fullmatch(statement), _CHANGE.match(statement)
+            known = read and read[1], changed and changed[1]
+            self._tables[statement] = known
+        return known
 
     def translate(self, error: Exception) -> Exception:
         """The driver's error as one of ours, which names no value; a fault of ours stays itself."""
@@ -65,14 +80,39 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
+class Memo:
+    """Rows read before in the same writing transaction, by table.
+
+    The closures of a batch look up the same parties, assets and contracts. Under the writer's
+    lock nobody else changes them, and our own changes to a table forget what was read of it.
+    """
+
+    def __init__(self) -> None:
+        self._rows: dict[str, dict[Any, list[tuple[Any, ...]]]] = {}
+
+    def find(self, table: str, key: Any) -> list[tuple[Any, ...]] | None:
+        return self._rows.get(table, {}).get(key)
+
+    def keep(self, table: str, key: Any, rows: list[tuple[Any, ...]]) -> None:
+        self._rows.setdefault(table, {})[key] = rows
+
+    def forget(self, table: str | None) -> None:
+        """One table's rows; None: all, since it is not known what changed."""
+        if table is None:
+            self._rows.clear()
+        else:
+            self._rows.pop(table, None)
+
+
 class Session:
     """Statements within one transaction. Not for use by two threads at once."""
 
-    __slots__ = ("_cursor", "_dialect", "_open", "failed")
+    __slots__ = ("_cursor", "_dialect", "_memo", "_open", "failed")
 
-    def __init__(self, dialect: Dialect, cursor: Any) -> None:
+    def __init__(self, dialect: Dialect, cursor: Any, memo: Memo | None = None) -> None:
         self._dialect = dialect
         self._cursor = cursor
+        self._memo = memo
         self._open = True
         self.failed: UnavailableError | None = None
 
@@ -93,13 +133,19 @@ class Session:
 
     def run(self, statement: str, **parameters: Any) -> int:
         """Execute; returns the number of rows changed."""
-        self._do(self._cursor.execute, self._dialect.compile(statement), parameters)
+        self._execute(statement, parameters)
         count: int = self._cursor.rowcount
         return count
 
-    def run_many(self, statement: str, rows: Sequence[dict[str, Any]]) -> None:
-        """Execute once for each row of parameters."""
+    def run_many(self, statement: str, rows: Sequence[dict[str, Any]]) -> int:
+        """Execute once for each row of parameters; returns how many rows changed in all."""
+        if not rows:
+            return 0
+        if self._memo is not None:
+            self._memo.forget(self._dialect.tables(statement)[1])
         self._do(self._cursor.executemany, self._dialect.compile(statement), rows)
+        count: int = self._cursor.rowcount
+        return count
 
     def run_script(self, statements: str) -> None:
         """Several statements without parameters in one round trip (PostgreSQL)."""
@@ -108,15 +154,30 @@ class Session:
 
     def one(self, statement: str, **parameters: Any) -> tuple[Any, ...] | None:
         """The first row, or None."""
-        self._do(self._cursor.execute, self._dialect.compile(statement), parameters)
-        row: tuple[Any, ...] | None = self._do(self._cursor.fetchone)
-        return row
+        rows = self.all(statement, **parameters)
+        return rows[0] if rows else None
 
     def all(self, statement: str, **parameters: Any) -> list[tuple[Any, ...]]:
         """All rows."""
-        self._do(self._cursor.execute, self._dialect.compile(statement), parameters)
+        table = None if self._memo is None else self._dialect.tables(statement)[0]
+        if self._memo is None or table not in _REMEMBERED:
+            return self._fetch(statement, parameters)
+        key = (statement, *parameters.values())
+        rows = self._memo.find(table, key)
+        if rows is None or not self._open:  # an ended transaction answers nothing
+            rows = self._fetch(statement, parameters)
+            self._memo.keep(table, key, rows)
+        return rows
+
+    def _fetch(self, statement: str, parameters: dict[str, Any]) -> list[tuple[Any, ...]]:
+        self._execute(statement, parameters)
         rows: list[tuple[Any, ...]] = self._do(self._cursor.fetchall)
         return rows
+
+    def _execute(self, statement: str, parameters: dict[str, Any]) -> None:
+        if self._memo is not None and not statement.startswith("SELECT "):
+            self._memo.forget(self._dialect.tables(statement)[1])
+        self._do(self._cursor.execute, self._dialect.compile(statement), parameters)
 
     def close(self) -> None:
         """Refuse further use, so that a closure cannot keep its transaction."""

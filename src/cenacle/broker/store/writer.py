@@ -11,7 +11,8 @@ import sqlalchemy as sa
 from cenacle.broker.merkle import Frontier
 from cenacle.broker.store.logbook import Logbook, Mark
 from cenacle.broker.store.reads import ReadTransaction
-from cenacle.broker.store.session import Dialect, Session
+from cenacle.broker.store.session import Dialect, Memo, Session
+from cenacle.broker.store.totals import Totals
 from cenacle.broker.store.writes import Transaction
 from cenacle.errors import UnavailableError
 
@@ -32,6 +33,8 @@ class Writer:
         self._frontier: Frontier | None = None
         self._logbook: Logbook | None = None
         self._mark: Mark | None = None
+        self._memo = Memo()
+        self._totals = Totals()
         self._xid: str | None = None
 
     def begin(self) -> None:
@@ -40,7 +43,7 @@ class Writer:
         Raises:
             UnavailableError: the database cannot be reached, or another writer is stuck.
         """
-        self._logbook = None
+        self._logbook, self._memo, self._totals = None, Memo(), Totals()
         for attempt in (1, 2):
             fresh = self._cursor is None
             try:
@@ -71,8 +74,8 @@ class Writer:
 
     def transaction(self) -> tuple[Transaction, Session]:
         """A new view of the running transaction, for one closure."""
-        session = Session(self._dialect, self._cursor)
-        return Transaction(session, self._load), session
+        session = Session(self._dialect, self._cursor, self._memo)
+        return Transaction(session, self._totals, self._load), session
 
     def _load(self, tx: ReadTransaction) -> Logbook:
         if self._logbook is None:
@@ -89,6 +92,7 @@ class Writer:
     def savepoint(self, session: Session, *, first: bool) -> None:
         """Where the next closure begins; ends the previous one's savepoint, if any."""
         self._mark = self._logbook.mark() if self._logbook is not None else None
+        self._totals.mark()
         if not first and self._dialect.is_sqlite:
             session.run("RELEASE closure")
         if first or self._dialect.is_sqlite:
@@ -99,6 +103,8 @@ class Writer:
     def undo(self, session: Session) -> None:
         """Take back what was done since the savepoint, in the database and in the log."""
         session.run("ROLLBACK TO SAVEPOINT closure")
+        self._memo.forget(None)
+        self._totals.undo()
         if self._logbook is not None:
             if self._mark is None:
                 self._logbook = None  # it was loaded by the closure that failed
@@ -112,8 +118,10 @@ class Writer:
             UnavailableError: nothing of the transaction is visible; or, when the database was
                 lost during the commit and stays lost, its outcome is not known (and it says so).
         """
+        session = Session(self._dialect, self._cursor)
+        self._totals.flush(session)
         if self._logbook is not None:
-            self._logbook.flush(Session(self._dialect, self._cursor))
+            self._logbook.flush(session)
         try:
             self._cursor.execute("COMMIT")
         except Exception as error:

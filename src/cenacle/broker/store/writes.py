@@ -11,18 +11,21 @@ from cenacle.broker.store.registry import RegistryWrites
 from cenacle.broker.store.rows import LogEntry
 from cenacle.broker.store.runs import RunWrites
 from cenacle.broker.store.session import Session
+from cenacle.broker.store.totals import Totals
 from cenacle.errors import InputError
 
 __all__ = ["Transaction"]
 
 
-class Transaction(RegistryWrites, RunWrites):
+class Transaction(RunWrites, RegistryWrites):
     """A view that sees and makes changes; all of them commit together, durably, or none."""
 
     __slots__ = ("_load", "_logbook")
 
-    def __init__(self, session: Session, load: Callable[[ReadTransaction], Logbook]) -> None:
-        super().__init__(session)
+    def __init__(
+        self, session: Session, totals: Totals, load: Callable[[ReadTransaction], Logbook]
+    ) -> None:
+        super().__init__(session, totals)
         self._load = load
         self._logbook: Logbook | None = None
 
