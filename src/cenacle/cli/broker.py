@@ -12,7 +12,7 @@ import typer
 from cenacle.broker.identity import BrokerIdentity
 from cenacle.cli.home import Home, write_file
 from cenacle.cli.options import AsOption, BrokerOption
-from cenacle.cli.output import JsonOption, console, errors_in_words, finish
+from cenacle.cli.output import JsonOption, console, errors_in_words, finish, line
 from cenacle.documents.base import canonical_json, parse_json
 
 __all__ = ["app"]
@@ -98,14 +98,14 @@ def start(
 def _announce(
     identity: BrokerIdentity, path: Path, token: str | None, kinds: tuple[str, ...]
 ) -> None:
-    console.print(f"broker   {identity.origin} at {identity.url}")
-    console.print(f"digest   {identity.digest}  (parties compare this)")
-    console.print(f"identity {path}  (parties pin this file)")
-    console.print(f"evidence {', '.join(kinds) or 'none: no verifier is registered'}")
+    line(f"broker   {identity.origin} at {identity.url}")
+    line(f"digest   {identity.digest}  (parties compare this)")
+    line(f"identity {path}  (parties pin this file)")
+    line(f"evidence {', '.join(kinds) or 'none: no verifier is registered'}")
     if "simulated" in kinds:
         console.print("[yellow]warning[/]  simulated evidence protects from nobody with root")
     if token is not None:
-        console.print(f"owner's one-time token: {token}")
+        line(f"owner's one-time token: {token}")
 
 
 @app.command(epilog="Example: cenacle broker pin broker/identity.json")
@@ -126,7 +126,7 @@ def pin(
         finish(
             {"alias": alias, "digest": found.digest, "url": found.url},
             json_,
-            lambda: console.print(f"pinned {found.origin} as {alias}: {found.digest}"),
+            lambda: line(f"pinned {found.origin} as {alias}: {found.digest}"),
         )
 
 
@@ -141,7 +141,7 @@ def invite(as_: AsOption, broker: BrokerOption = "default", json_: JsonOption = 
         finish(
             invitation.to_fields(),
             json_,
-            lambda: console.print(f"{invitation.token}\n(once, until {invitation.expires})"),
+            lambda: line(f"{invitation.token}\n(once, until {invitation.expires})"),
         )
 
 
@@ -157,5 +157,5 @@ def show(broker: BrokerOption = "default", json_: JsonOption = False) -> None:
         finish(
             fields,
             json_,
-            lambda: console.print("\n".join(f"{k:8} {v}" for k, v in fields.items())),
+            lambda: line("\n".join(f"{k:8} {v}" for k, v in fields.items())),
         )

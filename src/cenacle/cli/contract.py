@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from cenacle.broker.receipts import OpenedContract
 from cenacle.cli.enclave import measure_here
@@ -19,6 +18,7 @@ from cenacle.cli.output import (
     console,
     errors_in_words,
     finish,
+    line,
 )
 from cenacle.documents.approval import describe_rule
 from cenacle.documents.asset import Asset
@@ -115,7 +115,7 @@ def draft(
             if out is None:
                 sys.stdout.write(text)
             else:
-                console.print(f"wrote {out}: contract {contract.digest}")
+                line(f"wrote {out}: contract {contract.digest}")
 
         finish({"contract": contract.digest, "path": out and str(out)}, json_, show)
 
@@ -136,7 +136,7 @@ def propose(
         finish(
             {"contract": digest, "name": contract.name},
             json_,
-            lambda: console.print(f"proposed {contract.name}: {digest}"),
+            lambda: line(f"proposed {contract.name}: {digest}"),
         )
 
 
@@ -202,8 +202,8 @@ def review(
         words = contract_in_words(opened)
 
         def show() -> None:
-            for line in words:
-                console.print(f"  {escape(line)}", soft_wrap=True)
+            for sentence in words:
+                line(f"  {sentence}")
             mine = [c for c in clauses if as_ is None or c.subject.endswith(f" of {as_}")]
             console.print(clause_table(mine, "clauses" if as_ is None else f"your clauses ({as_})"))
             rest = [c for c in clauses if c not in mine and c.verdict == "failed"]
@@ -235,7 +235,7 @@ def sign(
         finish(
             {"contract": contract, "signed": sorted(opened.signed)},
             json_,
-            lambda: console.print(f"{as_} signed {opened.contract.name} ({short(contract)})"),
+            lambda: line(f"{as_} signed {opened.contract.name} ({short(contract)})"),
         )
 
 
@@ -255,7 +255,7 @@ def veto(
         finish(
             {"contract": contract, "vetoed_by": as_},
             json_,
-            lambda: console.print(f"{as_} vetoed {short(contract)}"),
+            lambda: line(f"{as_} vetoed {short(contract)}"),
         )
 
 
@@ -269,5 +269,5 @@ def contracts(as_: AsOption, broker: BrokerOption = "default", json_: JsonOption
         finish(
             {"contracts": [{"digest": d, "name": n} for d, n in found]},
             json_,
-            lambda: console.print("\n".join(f"{d}  {n}" for d, n in found) or "none"),
+            lambda: line("\n".join(f"{d}  {n}" for d, n in found) or "none"),
         )

@@ -160,15 +160,20 @@ def _meet(
 ) -> None:
     stage.heading("1. The parties make keys, pin the broker, and register")
     identity = "../broker/store/identity.json"
-    token = announced["owner_token"]
-    for actor in (*hospitals, clinic):
-        if actor is not hospitals[0]:
-            # Shown without its answer: the token is a secret.
-            token = hospitals[0].ask("broker", "invite", "--as", hospitals[0].name)["token"]
-        actor.run("party", "new", actor.name)
-        actor.run("broker", "pin", identity, "--digest", announced["digest"])
-        actor.run("party", "register", actor.name, "--token", "-", secret=token)
-    operator.run("broker", "pin", identity, "--digest", announced["digest"])
+    pin = ("broker", "pin", identity, "--digest", str(announced["digest"]))
+    parties = (*hospitals, clinic)
+    stage.together(*((actor, ("party", "new", actor.name), None) for actor in parties))
+    stage.together(*((actor, pin, None) for actor in (*parties, operator)))
+
+    def register(actor: Actor, token: str) -> tuple[Actor, tuple[str, ...], str]:
+        return actor, ("party", "register", actor.name, "--token", "-"), token
+
+    # The broker's first token makes its owner, who invites the others. Tokens are secrets:
+    # they are piped, and the answers that hold them are not shown.
+    owner = hospitals[0]
+    stage.together(register(owner, announced["owner_token"]))
+    tokens = [owner.ask("broker", "invite", "--as", owner.name)["token"] for _ in parties[1:]]
+    stage.together(*map(register, parties[1:], tokens))
 
 
 def _seal(
@@ -184,7 +189,8 @@ def _seal(
             writer.writerow(columns)
             writer.writerows(patients[actor.name])
         (actor.folder / "terms.yaml").write_text(_TERMS)
-        actor.run("seal", "records.csv", "--terms", "terms.yaml", "--as", actor.name)
+    seal = ("seal", "records.csv", "--terms", "terms.yaml", "--as")
+    stage.together(*((actor, (*seal, actor.name), None) for actor in hospitals))
 
 
 def _agree(stage: Stage, hospitals: list[Actor], clinic: Actor, operator: Actor) -> str:
@@ -194,8 +200,7 @@ def _agree(stage: Stage, hospitals: list[Actor], clinic: Actor, operator: Actor)
     digest = str(operator.ask("draft", "job.yaml", "--out", "contract.yaml")["contract"])
     clinic.run("propose", "../operator/contract.yaml", "--as", clinic.name)
     hospitals[0].run("review", digest, "--as", hospitals[0].name)
-    for actor in hospitals:
-        actor.run("sign", digest, "--as", actor.name)
+    stage.together(*((actor, ("sign", digest, "--as", actor.name), None) for actor in hospitals))
     return digest
 
 
@@ -208,10 +213,13 @@ def _compute(stage: Stage, operator: Actor, digest: str) -> None:
 def _receive(stage: Stage, clinic: Actor, hospital: Actor, operator: Actor) -> dict[str, Any]:
     stage.heading("5. The clinic opens what was sealed to it; anyone verifies the receipt")
     receipt = f"../{operator.name}/results/receipt.json"
-    clinic.run("open", receipt, "model", "--as", clinic.name, "--out", "model.safetensors")
-    clinic.run("open", receipt, "metrics", "--as", clinic.name, "--out", "metrics.json")
-    hospital.run("verify", receipt)
-    hospital.run("log", "--limit", "5")
+    for_clinic = ("--as", clinic.name, "--out")
+    stage.together(
+        (clinic, ("open", receipt, "model", *for_clinic, "model.safetensors"), None),
+        (clinic, ("open", receipt, "metrics", *for_clinic, "metrics.json"), None),
+        (hospital, ("verify", receipt), None),
+        (hospital, ("log", "--limit", "5"), None),
+    )
     metrics: dict[str, Any] = json.loads((clinic.folder / "metrics.json").read_bytes())
     return metrics
 

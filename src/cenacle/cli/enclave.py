@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from cenacle.cli.home import Home
-from cenacle.cli.output import JsonOption, console, errors_in_words, finish
+from cenacle.cli.output import JsonOption, cell, console, errors_in_words, finish, line
 
 __all__ = ["app", "measure_here"]
 
@@ -43,7 +43,9 @@ def layers(json_: JsonOption = False) -> None:
         table = Table("layer", "works here", "protects")
         for status in found:
             works = (
-                "[green]yes[/]" if status.missing is None else f"[yellow]no[/]: {status.missing}"
+                "[green]yes[/]"
+                if status.missing is None
+                else f"[yellow]no[/]: {cell(status.missing)}"
             )
             table.add_row(status.name, works, status.protects)
         fields = {"layers": [{"name": s.name, "missing": s.missing} for s in found]}
@@ -60,7 +62,10 @@ def measure(
     """Measure the enclave that this machine would start: reference values for a contract."""
     with errors_in_words(json_):
         fields = measure_here(Home.default(), None if layers_ == "all" else layers_.split(","))
-        table = Table("measurement", "digest")
-        for name, values in fields["reference"]["simulated"].items():
-            table.add_row(name, values[0])
-        finish(fields, json_, lambda: console.print(table))
+        values = fields["reference"]["simulated"]
+        # Not a table: digests are there to be compared and copied whole.
+        finish(
+            fields,
+            json_,
+            lambda: line("\n".join(f"{name:14}{found[0]}" for name, found in values.items())),
+        )

@@ -11,7 +11,7 @@ from rich.table import Table
 from cenacle.broker import merkle
 from cenacle.cli.home import Home
 from cenacle.cli.options import BrokerOption
-from cenacle.cli.output import JsonOption, console, errors_in_words, finish
+from cenacle.cli.output import JsonOption, cell, console, errors_in_words, finish, line
 from cenacle.documents.base import short
 from cenacle.errors import ProofError
 
@@ -53,10 +53,11 @@ def log(
             for index, entry in list(enumerate(entries))[-limit:]:
                 about = entry.get("party") or entry.get("owner") or entry.get("proposer") or ""
                 digest = entry.get("contract") or entry.get("asset") or entry.get("document") or ""
-                table.add_row(str(index), entry["time"], entry["kind"], about, short(digest))
+                texts = (entry["time"], entry["kind"], about, short(digest))
+                table.add_row(str(index), *map(cell, texts))
             console.print(table)
             seen = "never seen before" if before is None else f"{grown} new since your last look"
-            console.print(
+            line(
                 f"{head.size} entries, {seen}; root and consistency verified "
                 f"({head.origin}, {head.timestamp})"
             )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
 
 import cenacle
 from cenacle.cli import broker, contract, demo, enclave, log, party, receipt, run, seal, terms
-from cenacle.cli.output import EXIT_CODES
+from cenacle.cli.output import EXIT_CODES, report_error
+from cenacle.errors import CenacleError, InputError
 
 __all__ = ["app", "main"]
 
@@ -69,4 +71,19 @@ def _options(
 
 def main() -> None:
     """Entry point of the console script."""
-    app()
+    if "--json" not in sys.argv[1:]:
+        app()
+        return
+    try:
+        code = app(standalone_mode=False)
+    except typer.Abort:
+        report_error(CenacleError("interrupted"), as_json=True)
+        code = 130
+    except Exception as error:
+        # Typer brings its own copy of click, so the class has no name that could be imported.
+        if not any(kind.__name__ == "UsageError" for kind in type(error).__mro__):
+            raise
+        words = error.format_message().rstrip(".") if hasattr(error, "format_message") else ""
+        report_error(InputError(words, remedy="see --help"), as_json=True)
+        code = InputError.exit_code
+    sys.exit(code if isinstance(code, int) else 0)

@@ -8,7 +8,7 @@ import typer
 
 from cenacle.cli.home import Home
 from cenacle.cli.options import BrokerOption
-from cenacle.cli.output import JsonOption, console, errors_in_words, finish
+from cenacle.cli.output import JsonOption, errors_in_words, finish, line
 
 __all__ = ["app"]
 
@@ -23,7 +23,7 @@ def new(name: NameArgument, json_: JsonOption = False) -> None:
     with errors_in_words(json_):
         keys = Home.default().new_party(name)
         fields = {"party": name, "digest": keys.party.digest}
-        finish(fields, json_, lambda: console.print(f"made party {name}: {keys.party.digest}"))
+        finish(fields, json_, lambda: line(f"made party {name}: {keys.party.digest}"))
 
 
 @app.command(
@@ -50,7 +50,7 @@ def register(
         finish(
             {"party": name, "digest": digest},
             json_,
-            lambda: console.print(f"registered {name} at {client.identity.origin}"),
+            lambda: line(f"registered {name} at {client.identity.origin}"),
         )
 
 
@@ -62,7 +62,7 @@ def show(name: NameArgument, json_: JsonOption = False) -> None:
         finish(
             {**party.to_fields(), "digest": party.digest},
             json_,
-            lambda: console.print(
+            lambda: line(
                 f"party    {party.name}\ndigest   {party.digest}\nkey id   {party.verify_key.keyid}"
                 f"\nsuite    {party.hpke_suite}\ncreated  {party.created}"
             ),
@@ -74,4 +74,4 @@ def list_(json_: JsonOption = False) -> None:
     """List the parties whose keys are here."""
     with errors_in_words(json_):
         names = Home.default().parties()
-        finish({"parties": names}, json_, lambda: console.print("\n".join(names) or "none yet"))
+        finish({"parties": names}, json_, lambda: line("\n".join(names) or "none yet"))

@@ -13,7 +13,7 @@ from cenacle.attestation.simulated import SimulatedVerifier
 from cenacle.broker.receipts import VerifiedReceipt, read_bundle, verify_receipt
 from cenacle.cli.home import Home
 from cenacle.cli.options import AsOption, BrokerOption
-from cenacle.cli.output import JsonOption, console, errors_in_words, finish
+from cenacle.cli.output import JsonOption, cell, console, errors_in_words, finish, line
 from cenacle.documents.base import unb64
 from cenacle.documents.protection import at_least
 from cenacle.documents.receipt import OutputRecord
@@ -77,7 +77,10 @@ def verify(
 def _show(found: VerifiedReceipt) -> None:
     r, c = found.receipt, found.opened.contract
     table = Table(title="receipt verified", title_justify="left", show_header=False)
-    table.add_row("contract", f"{c.name} ({r.contract})")
+    table.add_column()
+    table.add_column(overflow="fold")
+    table.add_row("contract", f"{c.name}\n{r.contract}")
+    table.add_row("purpose", cell(c.purpose))
     table.add_row("signed by", ", ".join(sorted(found.opened.signed)))
     table.add_row("inputs", "\n".join(f"{a} of {i.owner}" for a, i in r.inputs.items()))
     table.add_row("outputs", "\n".join(f"{o.name} ({o.kind}) to {o.recipient}" for o in r.outputs))
@@ -85,8 +88,8 @@ def _show(found: VerifiedReceipt) -> None:
     warning = "  [yellow]protects from nobody with root[/]" if r.protection == "simulated" else ""
     table.add_row("evidence", f"{kind}: protection {r.protection}{warning}")
     table.add_row("sandbox", ", ".join(r.layers) or "none")
-    table.add_row("privacy", r.privacy)
-    table.add_row("offload", f"{r.offload.scheme}: {r.offload.note}")
+    table.add_row("privacy", cell(r.privacy))
+    table.add_row("offload", cell(f"{r.offload.scheme}: {r.offload.note}"))
     table.add_row("released", f"{found.released:%Y-%m-%d %H:%M:%S} UTC, resumed {r.resumed} times")
     table.add_row(
         "log", f"entry {r.release.index} under a signed head of {found.head.size} entries"
@@ -131,5 +134,5 @@ def open_(
         finish(
             {"output": output, "path": str(out), "bytes": info.plaintext_bytes},
             json_,
-            lambda: console.print(f"opened {output} into {out} ({info.plaintext_bytes:,} bytes)"),
+            lambda: line(f"opened {output} into {out} ({info.plaintext_bytes:,} bytes)"),
         )

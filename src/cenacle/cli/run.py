@@ -14,8 +14,9 @@ from cenacle.broker.client import BrokerClient
 from cenacle.broker.receipts import OpenedContract
 from cenacle.cli.home import Home
 from cenacle.cli.options import AsOption, BrokerOption, ContractArgument
-from cenacle.cli.output import JsonOption, console, errors_in_words, finish, progress_bar
-from cenacle.errors import CenacleError, ConflictError, EnclaveError, InputError
+from cenacle.cli.output import JsonOption, errors_in_words, finish, line, progress_bar, say
+from cenacle.documents.base import short
+from cenacle.errors import CenacleError, ConflictError, EnclaveError, InputError, RefusedError
 
 if TYPE_CHECKING:
     from cenacle.enclave.launcher import RunningEnclave
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["abandon", "run"]
 
 _WORDS = {
-    "starting": "starting the enclave",
+    "starting": "starting",
     "attesting": "checking sealed files and measuring",
     "keys": "showing evidence to the broker",
     "assets": "opening assets",
@@ -32,6 +33,12 @@ _WORDS = {
     "receipt": "settling and signing the receipt",
     "closing": "closing",
 }
+
+
+_WAY_ON = (
+    "go on with `cenacle run ... --resume` (its uses are charged once), or give the run up with "
+    "`cenacle abandon`"
+)
 
 
 def find_sealed(opened: OpenedContract, places: list[Path]) -> dict[str, Path]:
@@ -72,9 +79,12 @@ def find_sealed(opened: OpenedContract, places: list[Path]) -> dict[str, Path]:
 
 def run(
     contract: ContractArgument,
-    data: Annotated[list[Path], typer.Option(help="Sealed files, or folders of them; repeatable.")],
+    data: Annotated[
+        list[Path],
+        typer.Option(metavar="PATH", help="Sealed files, or folders of them; repeatable."),
+    ],
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="Folder for sealed outputs and receipt.")
+        Path, typer.Option("--out", "-o", metavar="FOLDER", help="For sealed outputs and receipt.")
     ],
     resume: Annotated[
         bool, typer.Option("--resume", help="Take over the contract's interrupted run.")
@@ -92,7 +102,6 @@ def run(
     protection keeps from them; a SIMULATED enclave keeps nothing from root.
     """
     from cenacle.enclave.launcher import LaunchRequest, ProcessLauncher
-    from cenacle.enclave.receipt import DRAFT_FILE
     from cenacle.enclave.receipt import finish as finish_receipt
     from cenacle.enclave.sandbox import plan
 
@@ -102,17 +111,16 @@ def run(
         with home.client(broker) as client:
             opened = client.contract(contract)
             files = find_sealed(opened, data)
-            out.mkdir(parents=True, exist_ok=True)
-            open_run = client.open_run(contract)
-            if resume and (out / DRAFT_FILE).is_file():
+            if _is_finished(out, contract, resume):
                 # The job was done; only its last step is missing.
                 _report(finish_receipt(client, out), started, json_)
                 return
+            open_run = client.open_run(contract)
             _check_run(resume, open_run)
             demanded = opened.contract.enclave.layers
             chosen = {"contract": demanded, "all": None}.get(layers, layers.split(","))
             checkpoints = out / "checkpoints"
-            checkpoints.mkdir(exist_ok=True)
+            checkpoints.mkdir(parents=True, exist_ok=True)
             request = LaunchRequest(
                 broker=_address(client),
                 plan=plan(chosen),
@@ -129,8 +137,64 @@ def run(
                 argv=("-m", "cenacle.enclave"),
                 threads=threads,
             )
-            receipt = _watch(ProcessLauncher().launch(request), out, json_)
+            try:
+                receipt = _watch(ProcessLauncher().launch(request), out, json_)
+            except KeyboardInterrupt:
+                _tell_open_run(client, contract)
+                raise
+            except CenacleError as error:
+                raise _with_way_on(error, client, contract) from None
         _report(receipt, started, json_)
+
+
+def _is_finished(out: Path, contract: str, resume: bool) -> bool:
+    """Whether this very job ended here without its receipt, which ``--resume`` then completes.
+
+    Raises:
+        ConflictError: the folder holds what another start would overwrite.
+    """
+    from cenacle.enclave.receipt import RECEIPT_FILE, draft_contract
+
+    drafted = draft_contract(out)
+    if drafted is not None:
+        if resume and drafted == contract:
+            return True
+        raise ConflictError(
+            "the output folder holds a finished job that lacks only its receipt",
+            found=f"contract {short(drafted)} in {out}",
+            expected="a folder without a finished job",
+            remedy="complete it with --resume and its contract, or choose another --out",
+        )
+    if (out / RECEIPT_FILE).exists():
+        raise ConflictError(
+            "the output folder holds the receipt and outputs of a job already",
+            found=str(out / RECEIPT_FILE),
+            expected="a folder without a receipt",
+            remedy="choose another --out, or move those files away",
+        )
+    return False
+
+
+def _has_open_run(client: BrokerClient, contract: str) -> bool:
+    try:
+        return client.open_run(contract) is not None
+    except CenacleError:
+        return False
+
+
+def _with_way_on(error: CenacleError, client: BrokerClient, contract: str) -> CenacleError:
+    """The error of a run that stopped, with what can be done about the run."""
+    if isinstance(error, RefusedError) or not _has_open_run(client, contract):
+        return error
+    fields = error.to_dict()
+    first = f"{error.remedy}; then " if error.remedy else ""
+    fields["remedy"] = first + _WAY_ON
+    return CenacleError.from_dict(fields)
+
+
+def _tell_open_run(client: BrokerClient, contract: str) -> None:
+    if _has_open_run(client, contract):
+        say(f"interrupted; {_WAY_ON}")
 
 
 def _installation(home: Home) -> Path:
@@ -163,14 +227,13 @@ def _check_run(resume: bool, open_run: str | None) -> None:
 def _watch(enclave: RunningEnclave, out: Path, json_: bool) -> Path:
     from cenacle.enclave.channel import Failed, Finished, Progress, Stage
 
-    with enclave, progress_bar("starting", not json_) as report:
+    with enclave, progress_bar(f"enclave: {_WORDS['starting']}", not json_) as bar:
         for message in enclave.messages():
             match message:
                 case Stage(name):
-                    if not json_:
-                        console.print(f"  enclave: {_WORDS[name]}")
+                    bar.step(f"enclave: {_WORDS[name]}")
                 case Progress(done, total):
-                    report(done, total)
+                    bar.report(done, total)
                 case Failed():
                     raise message.to_error()
                 case Finished():
@@ -184,7 +247,7 @@ def _report(receipt: Path, started: float, json_: bool) -> None:
     finish(
         {"receipt": str(receipt), "seconds": seconds},
         json_,
-        lambda: console.print(f"receipt {receipt} after {seconds} s"),
+        lambda: line(f"receipt {receipt} after {seconds} s"),
     )
 
 
@@ -208,5 +271,5 @@ def abandon(
         finish(
             {"contract": contract, "abandoned": run_id},
             json_,
-            lambda: console.print(f"abandoned run {run_id[:12]}; its uses stay charged"),
+            lambda: line(f"abandoned run {run_id[:12]}; its uses stay charged"),
         )

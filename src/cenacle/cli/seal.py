@@ -10,7 +10,7 @@ import typer
 
 from cenacle.cli.home import Home, write_file
 from cenacle.cli.options import AsOption, BrokerOption, OutOption
-from cenacle.cli.output import JsonOption, console, errors_in_words, finish, progress_bar
+from cenacle.cli.output import JsonOption, errors_in_words, finish, line, progress_bar
 from cenacle.crypto import SecretBytes
 from cenacle.documents.asset import Asset
 from cenacle.documents.base import format_time
@@ -64,8 +64,10 @@ def seal(
         kind = "program" if source.is_dir() else (type_ or "dataset")
         with home.client(broker) as client, SecretBytes.random(32) as key:
             client.check_identity()
-            with progress_bar(f"sealing {source.name}", not json_) as report:
-                info = seal_path(source, target, key, allow_missing=allow_missing, progress=report)
+            with progress_bar(f"sealing {source.name}", not json_) as bar:
+                info = seal_path(
+                    source, target, key, allow_missing=allow_missing, progress=bar.report
+                )
             try:
                 asset = Asset.from_fields(
                     {
@@ -106,7 +108,7 @@ def seal(
         finish(
             fields,
             json_,
-            lambda: console.print(
+            lambda: line(
                 f"sealed {target} ({info.kind}, {info.plaintext_bytes:,} bytes of plaintext)\n"
                 f"asset  {asset.digest}\n"
                 + (
@@ -114,8 +116,7 @@ def seal(
                     if asset.package
                     else ""
                 )
-                + f"its key is with {client.identity.origin} alone, bound to your terms",
-                markup=False,
+                + f"its key is with {client.identity.origin} alone, bound to your terms"
             ),
         )
 

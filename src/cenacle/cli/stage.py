@@ -7,6 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,6 +19,17 @@ from cenacle.errors import CenacleError, UnavailableError
 __all__ = ["Actor", "BackgroundBroker", "Stage"]
 
 _START_SECONDS = 30
+_AT_ONCE = max(2, min(4, os.cpu_count() or 1))
+
+
+def check_ended(arguments: tuple[str, ...], code: int) -> None:
+    """Raises unless a command ended well."""
+    if code != 0:
+        raise CenacleError(
+            f"the demonstration stopped at `cenacle {shlex.join(arguments)}`",
+            found=f"exit code {code}",
+            expected="0; the message above says what is wrong",
+        )
 
 
 class Stage:
@@ -44,8 +56,27 @@ class Stage:
     def environment(self, actor: Actor) -> dict[str, str]:
         return {**os.environ, "CENACLE_HOME": str(actor.folder / "home")}
 
-    def show(self, actor: str, arguments: tuple[str, ...]) -> None:
-        line = f"[cyan]{actor}[/] $ [bold]cenacle[/] {escape(shlex.join(arguments))}"
+    def together(self, *lines: tuple[Actor, tuple[str, ...], str | None]) -> None:
+        """Run commands of several actors at once and print each with its output, in order.
+
+        Args:
+            lines: actor, arguments, and what to pipe to its standard input.
+
+        Raises what the first command that failed reported, when all have ended.
+        """
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            pending = [
+                pool.submit(actor.collect, arguments, fed) for actor, arguments, fed in lines
+            ]
+            for (actor, arguments, _), future in zip(lines, pending, strict=True):
+                self.show(actor.name, arguments)
+                code, output = future.result()
+                self.console.file.write(output)
+                self.console.file.flush()
+                check_ended(arguments, code)
+
+    def show(self, actor: str, arguments: tuple[str, ...], end: str = "") -> None:
+        line = f"[cyan]{actor}[/] $ [bold]cenacle[/] {escape(shlex.join(arguments))}{end}"
         self.console.print(line, soft_wrap=True)
 
 
@@ -57,7 +88,7 @@ class Actor:
         self.name = name
         self.folder = folder
 
-    def run(self, *arguments: str, secret: str | None = None) -> None:
+    def run(self, *arguments: str) -> None:
         """Run a command as its user would, with its own output on the terminal.
 
         Raises what the command reported, as an error of this process.
@@ -67,18 +98,30 @@ class Actor:
             self._command(arguments),
             cwd=self.folder,
             env=self.stage.environment(self),
-            input=None if secret is None else secret + "\n",
-            stdin=subprocess.DEVNULL if secret is None else None,
+            stdin=subprocess.DEVNULL,
             stdout=sys.stderr if self.stage.quiet else None,
             text=True,
             check=False,
         )
-        if done.returncode != 0:
-            raise CenacleError(
-                f"the demonstration stopped at `cenacle {shlex.join(arguments)}`",
-                found=f"exit code {done.returncode}",
-                expected="0; the message above says what is wrong",
-            )
+        check_ended(arguments, done.returncode)
+
+    def collect(self, arguments: tuple[str, ...], fed: str | None) -> tuple[int, str]:
+        """Run a command and return its exit code and all that it printed."""
+        console = self.stage.console
+        environment = {**self.stage.environment(self), "COLUMNS": str(console.width)}
+        if console.is_terminal:
+            environment["FORCE_COLOR"] = "1"
+        done = subprocess.run(
+            self._command(arguments),
+            cwd=self.folder,
+            env=environment,
+            input="" if fed is None else fed + "\n",
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        return done.returncode, done.stdout
 
     def ask(self, *arguments: str, shown: bool = True) -> dict[str, Any]:
         """Run a command with ``--json`` and return its answer; its text output is not shown."""
@@ -108,7 +151,7 @@ class BackgroundBroker:
 
     def __init__(self, actor: Actor, *arguments: str) -> None:
         command = ("broker", "start", *arguments)
-        actor.stage.show(actor.name, (*command, "&"))
+        actor.stage.show(actor.name, command, end=" &")
         self._process = subprocess.Popen(
             [*actor._command(command), "--json"],
             cwd=actor.folder,

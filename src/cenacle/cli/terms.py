@@ -9,7 +9,7 @@ import typer
 
 from cenacle.cli.home import write_file
 from cenacle.cli.options import OutOption
-from cenacle.cli.output import JsonOption, console, errors_in_words, finish
+from cenacle.cli.output import JsonOption, errors_in_words, finish, line
 from cenacle.documents.terms import PrivacyBudget, Terms
 
 __all__ = ["TEMPLATE", "app", "in_words"]
@@ -43,7 +43,7 @@ def new(out: OutOption = None, json_: JsonOption = False) -> None:
         finish(
             {"terms": None if out is None else str(out), "template": TEMPLATE},
             json_,
-            lambda: console.print(TEMPLATE if out is None else f"wrote {out}", markup=False),
+            lambda: line(TEMPLATE if out is None else f"wrote {out}"),
         )
 
 
@@ -57,7 +57,7 @@ def check(
         finish(
             {"digest": terms.digest, **terms.to_fields()},
             json_,
-            lambda: console.print("\n".join(in_words(terms)), markup=False),
+            lambda: line("\n".join(in_words(terms))),
         )
 
 

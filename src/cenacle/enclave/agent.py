@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import socket
 from pathlib import Path
+from typing import Final
 
 from cenacle.attestation.attesters import attester_for
 from cenacle.attestation.measure import measure_enclave
@@ -18,7 +19,7 @@ from cenacle.broker.identity import BrokerIdentity
 from cenacle.broker.receipts import OpenedContract, open_contract
 from cenacle.broker.rules import expected_program
 from cenacle.documents.base import Digest, Frozen, Name, NonEmpty
-from cenacle.documents.contract import RecipeJob
+from cenacle.documents.contract import ProgramJob, RecipeJob
 from cenacle.enclave.assets import asset_path, check_files, open_asset
 from cenacle.enclave.channel import Channel, OutputFile
 from cenacle.enclave.checkpoints import SealedCheckpoints
@@ -27,10 +28,13 @@ from cenacle.enclave.program_job import run_program
 from cenacle.enclave.receipt import finish, write_draft
 from cenacle.enclave.recipe_job import run_recipe
 from cenacle.enclave.sandbox.entry import AgentConfig
-from cenacle.enclave.session import Session
+from cenacle.enclave.session import Session, patiently
 from cenacle.errors import EnclaveError
 
 __all__ = ["AgentJob", "run_agent"]
+
+# Without these a program could write plaintext into a folder of the host's, or reach the relay.
+_FOR_PROGRAMS: Final = frozenset({"landlock", "seccomp"})
 
 
 class AgentJob(Frozen):
@@ -57,6 +61,7 @@ def run_agent(config: AgentConfig, channel: Channel) -> None:
         view = client.contract_view(job.contract)
         opened = open_contract(job.contract, view.contract, view.parties, view.assets)
         job.broker.require_digest(opened.contract.broker)
+        _check_layers(opened, config)
 
         channel.stage("attesting")
         check_files(opened.assets, config.paths)
@@ -80,9 +85,26 @@ def run_agent(config: AgentConfig, channel: Channel) -> None:
             session.close()
 
         channel.stage("receipt")
+        # As it stands now: a party may have signed between our first look and the release.
+        view = patiently(lambda: client.contract_view(job.contract))
+        opened = open_contract(job.contract, view.contract, view.parties, view.assets)
         write_draft(session, view, opened, records, config.layers, outputs)
-        receipt = finish(client, outputs)
+        receipt = patiently(lambda: finish(client, outputs))
+        SealedCheckpoints(config.paths["checkpoints"], session).discard()
         channel.finished((), OutputFile(receipt.name, _sha256(receipt)))
+
+
+def _check_layers(opened: OpenedContract, config: AgentConfig) -> None:
+    """Refuse to run a program that nothing keeps from writing files or opening connections."""
+    missing = _FOR_PROGRAMS - set(config.layers)
+    if isinstance(opened.contract.job, ProgramJob) and missing:
+        raise EnclaveError(
+            "a program runs only where the sandbox confines it apart from the agent",
+            found="no layer " + ", ".join(sorted(missing)),
+            expected="the layers " + ", ".join(sorted(_FOR_PROGRAMS)),
+            remedy="demand these layers in the contract, or use a machine that has them: "
+            "`cenacle enclave layers` tells",
+        )
 
 
 def _run(

@@ -8,6 +8,8 @@ try:
     import torch
     from torch import nn
     from torch.nn import functional
+    from torch.optim.adam import adam
+    from torch.optim.sgd import sgd
 except ModuleNotFoundError as missing:
     if missing.name != "torch":
         raise
@@ -16,4 +18,4 @@ except ModuleNotFoundError as missing:
         remedy="install it with: pip install cenacle[train]",
     ) from None
 
-__all__ = ["functional", "nn", "torch"]
+__all__ = ["adam", "functional", "nn", "sgd", "torch"]

@@ -79,8 +79,17 @@ class Graph(nn.Module):
                 found=f"{parameters} parameters",
                 expected=f"<= {MAX_PARAMETERS}",
             )
-        self.to_empty(device="cpu")
+        self._allocate()
         self.reset(None)
+
+    def _allocate(self) -> None:
+        """Give every meta tensor memory: ``to_empty("cpu")`` without its Python detour."""
+        for module in self.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                blank = torch.empty(parameter.shape, dtype=parameter.dtype)
+                setattr(module, name, nn.Parameter(blank))
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
     def count_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
@@ -259,6 +268,29 @@ def _demand_rank(read: torch.Tensor, least: int, most: int | None) -> None:
         raise ValueError(f"samples have rank {read.ndim - 1}, this layer needs {wanted}")
 
 
+def _run(module: nn.Module, value: torch.Tensor) -> torch.Tensor:
+    result: torch.Tensor = module(value)
+    return result
+
+
+def _blank(value: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    # Not new_empty or empty_like: on the meta device torch writes those in Python, too.
+    return torch.empty(tuple(shape), dtype=value.dtype, device=value.device)
+
+
+def _shape_only(module: nn.Module, value: torch.Tensor) -> torch.Tensor:
+    """What ``module`` would give, without computing it.
+
+    torch decomposes these modules in Python on the meta device, and imports all of
+    ``torch._dynamo`` to do so; their shapes need no such help.
+    """
+    if isinstance(module, nn.Linear):
+        return _blank(value, (*value.shape[:-1], module.out_features))
+    if isinstance(module, nn.LayerNorm | nn.GroupNorm | nn.BatchNorm1d | nn.BatchNorm2d):
+        return _blank(value, value.shape)
+    return _run(module, value)
+
+
 def _apply(  # noqa: PLR0911, PLR0912 - one case a kind of node
     node: Node,
     module: nn.Module | None,
@@ -267,11 +299,10 @@ def _apply(  # noqa: PLR0911, PLR0912 - one case a kind of node
 ) -> torch.Tensor:
     value = read[0]
     if module is not None:
-        result: torch.Tensor = module(value)
-        return result
+        return _shape_only(module, value) if value.is_meta else _run(module, value)
     match node:
         case layers.Activation():
-            return _ACTIVATIONS[node.op](value)
+            return _blank(value, value.shape) if value.is_meta else _ACTIVATIONS[node.op](value)
         case layers.Pool():
             pool, rank = _POOLS[node.op]
             _demand_rank(value, rank, rank)

@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cenacle.documents.recipe import CosineSchedule, EarlyStopping, Recipe, Sgd
+from cenacle.documents.recipe import CosineSchedule, EarlyStopping, Recipe
 from cenacle.errors import EnclaveError, VerificationError
-from cenacle.training._torch import functional, nn, torch
+from cenacle.training._torch import functional, torch
 from cenacle.training.checkpoint import Tensors
 from cenacle.training.graph import Graph
 from cenacle.training.models import model_tensors
+from cenacle.training.optimizers import Optimizer
 from cenacle.training.randomness import torch_generator
 
 __all__ = ["Batches", "Rows", "Trainer", "learning_rate", "reproducible"]
@@ -36,19 +37,17 @@ def reproducible(threads: int | None = None) -> Iterator[None]:
     implementation raises. The number of threads is part of what makes results
     bit-identical, because it decides the order of sums.
     """
-    before = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-        torch.get_num_threads(),
-    )
-    torch.use_deterministic_algorithms(True)
+    before = torch.get_deterministic_debug_mode(), torch.get_num_threads()
+    # The same switch as use_deterministic_algorithms(True), which would also import the whole
+    # of torch._inductor to set it there; nothing is compiled here.
+    torch.set_deterministic_debug_mode("error")
     if threads is not None:
         torch.set_num_threads(threads)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.set_num_threads(before[2])
+        torch.set_deterministic_debug_mode(before[0])
+        torch.set_num_threads(before[1])
 
 
 @dataclass(frozen=True)
@@ -99,27 +98,6 @@ def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
     return base * (schedule.final + (1 - schedule.final) * wave)
 
 
-def _make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
-    plan = recipe.optimizer
-    parameters = list(model.parameters())
-    if isinstance(plan, Sgd):
-        return torch.optim.SGD(
-            parameters,
-            lr=plan.learning_rate,
-            momentum=plan.momentum,
-            weight_decay=plan.weight_decay,
-            nesterov=plan.nesterov,
-        )
-    kind = torch.optim.Adam if plan.type == "adam" else torch.optim.AdamW
-    return kind(
-        parameters,
-        lr=plan.learning_rate,
-        betas=plan.betas,
-        eps=plan.eps,
-        weight_decay=plan.weight_decay,
-    )
-
-
 class Trainer:
     """Trains ``model`` in place.
 
@@ -142,7 +120,7 @@ class Trainer:
         self.rows = rows
         self.validation = validation
         self.bounds = Batches(len(rows), recipe.batch_size).bounds
-        self.optimizer = _make_optimizer(recipe, model)
+        self.optimizer = Optimizer(recipe.optimizer, model.parameters())
         self.epoch = 0
         self.step = 0
         self.finished = False
@@ -188,9 +166,7 @@ class Trainer:
         self.model.train()
         self.model.generator = torch_generator(self.recipe.seed, "dropout", self.step)
         rate = learning_rate(self.recipe, self.step, len(self.bounds))
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         loss = self._loss(self.rows.inputs[chosen], self.rows.targets[chosen])
         value = loss.item()
         if not math.isfinite(value):
@@ -200,7 +176,7 @@ class Trainer:
                 remedy="lower the learning rate, or standardize the inputs",
             )
         loss.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
+        self.optimizer.step(rate)
         self.step += 1
         self._loss_sum += value * len(chosen)
 
@@ -248,10 +224,9 @@ class Trainer:
     def state(self) -> tuple[Tensors, dict[str, Any]]:
         """Everything that the next step depends on."""
         tensors = {f"model/{name}": array for name, array in model_tensors(self.model).items()}
-        for index, slots in self.optimizer.state_dict()["state"].items():
+        for index, slots in self.optimizer.state.items():
             for slot, value in slots.items():
-                if value is not None:
-                    tensors[f"optimizer/{index}/{slot}"] = value.detach().numpy().copy()
+                tensors[f"optimizer/{index}/{slot}"] = value.detach().numpy().copy()
         for name, array in (self._best or {}).items():
             tensors[f"best/{name}"] = array
         meta = {
@@ -278,14 +253,10 @@ class Trainer:
                 parts[part][rest] = np.asarray(array)
             self._load(parts["model"])
             slots: dict[int, dict[str, torch.Tensor]] = {}
-            parameters = list(self.model.parameters())
             for name, array in parts["optimizer"].items():
                 index, slot = name.split("/")
-                if array.shape not in ((), parameters[int(index)].shape):
-                    raise ValueError("a slot of the optimizer has another shape")
                 slots.setdefault(int(index), {})[slot] = torch.tensor(array)
-            groups = self.optimizer.state_dict()["param_groups"]
-            self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
+            self.optimizer.load(slots)
             self.epoch, self.step = int(meta["epoch"]), int(meta["step"])
             self.finished = bool(meta["finished"])
             self.losses = [float(loss) for loss in meta["losses"]]
