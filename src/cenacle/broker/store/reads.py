@@ -219,6 +219,23 @@ class ReadTransaction:
             )
         return bytes(row[0])
 
+    def check_log(self) -> None:
+        """Check the log's right edge: its newest entry and the peaks of its tree.
+
+        Raises:
+            ProofError: the store was damaged or altered.
+        """
+        size = self.log_size()
+        newest = self.entry(size - 1) if size else None
+        if newest is not None and newest.leaf_hash != self.get(0, newest.index):
+            raise ProofError(
+                "the log's newest entry is not what was logged",
+                found=f"entry {newest.index} with another hash",
+                expected=self.get(0, newest.index).hex(),
+                remedy="restore the store from a backup; do not sign heads of this one",
+            )
+        merkle.root(size, self)
+
     def log_root(self, size: int | None = None) -> bytes:
         """The root of the tree at ``size`` entries (default: all)."""
         return merkle.root(self._known(size), self)

@@ -37,6 +37,8 @@ class Store:
         try:
             with self._translated(), self._writers.connect() as connection:
                 migrate(connection)
+            with self.read() as tx:
+                tx.check_log()
         except BaseException:
             self._dispose()
             raise
@@ -52,6 +54,7 @@ class Store:
         Raises:
             ConflictError: another broker has this SQLite file open.
             InputError: not a store, made by a newer version, or readable by others.
+            ProofError: the end of its log was damaged or altered.
             UnavailableError: the database cannot be reached.
         """
         url = parse_url(target)
