@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from cenacle.documents.base import Digest, Document, Frozen, Name, short
+from cenacle.documents.base import Digest, Document, Frozen, JsonObject, Name, short
 from cenacle.documents.clauses import Clause, check
 from cenacle.documents.protection import Protection
 
@@ -22,7 +22,7 @@ class Evidence(Document):
 
     version: Literal[1] = 1
     kind: Name
-    body: Annotated[dict[str, Any], Field(min_length=1)]
+    body: Annotated[JsonObject, Field(min_length=1)]
 
 
 class Claims(Frozen):
@@ -60,7 +60,7 @@ def compare(claims: Claims, reference: Mapping[str, tuple[Digest, ...]]) -> list
                 "not in the evidence" if shown is None else short(shown),
                 " or ".join(short(digest) for digest in accepted) or "no reference value",
                 "the enclave runs something that was not approved: restore it, or draft a new "
-                "contract with `cenacle measure` and have it signed",
+                "contract with `cenacle draft` and have it signed",
             )
         )
     return clauses

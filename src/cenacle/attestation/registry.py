@@ -5,11 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from datetime import datetime, timedelta
-from typing import ClassVar, Final, Self
+from types import MappingProxyType
+from typing import ClassVar, Final, NoReturn, Self
 
 from cenacle.attestation.claims import Claims, Evidence, compare
 from cenacle.documents.base import Digest
-from cenacle.documents.clauses import failed
+from cenacle.documents.clauses import all_met, failed
 from cenacle.documents.protection import Protection, protection_of
 from cenacle.errors import EvidenceError
 
@@ -65,7 +66,14 @@ class Verifier(ABC):
             EvidenceError: naming every measurement that does not match.
         """
         claims = self.authenticate(evidence, report_data, now)
-        if wrong := failed(compare(claims, reference)):
+        clauses = compare(claims, reference)
+        if not clauses:
+            raise EvidenceError(
+                "evidence shows no measurement and none is demanded, so it proves nothing",
+                expected="at least one measurement with a reference value",
+            )
+        if not all_met(clauses):
+            wrong = failed(clauses)
             raise EvidenceError(
                 f"evidence shows other software than approved ({', '.join(c.name for c in wrong)})",
                 found="; ".join(c.found for c in wrong),
@@ -94,7 +102,15 @@ class VerifierSet:
 
     __slots__ = ("_verifiers", "production")
 
+    _verifiers: Mapping[str, Verifier]
+    production: bool
+
     def __init__(self, verifiers: tuple[Verifier, ...], *, production: bool) -> None:
+        if len({verifier.kind for verifier in verifiers}) != len(verifiers):
+            raise EvidenceError(
+                "two verifiers are of one kind",
+                found=", ".join(verifier.kind for verifier in verifiers),
+            )
         for verifier in verifiers:
             if production and verifier.protection == "simulated":
                 raise EvidenceError(
@@ -102,8 +118,15 @@ class VerifierSet:
                     found=verifier.kind,
                     remedy="use VerifierSet.development() for tests and demonstrations",
                 )
-        self._verifiers: Final = {verifier.kind: verifier for verifier in verifiers}
-        self.production: Final = production
+        listed = MappingProxyType({verifier.kind: verifier for verifier in verifiers})
+        object.__setattr__(self, "_verifiers", listed)
+        object.__setattr__(self, "production", production)
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        raise AttributeError("a set of verifiers is fixed when it is made")
+
+    def __delattr__(self, name: str) -> NoReturn:
+        raise AttributeError("a set of verifiers is fixed when it is made")
 
     @classmethod
     def of_production(cls, *hardware: Verifier) -> Self:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,7 +32,7 @@ from cenacle.documents.base import (
     sha256_digest,
     unb64,
 )
-from cenacle.errors import CenacleError, EvidenceError, InputError, SignatureError
+from cenacle.errors import CenacleError, EvidenceError, InputError, SignatureError, UnavailableError
 
 __all__ = ["InstallationKey", "SimulatedAttester", "SimulatedVerifier"]
 
@@ -64,19 +65,20 @@ class InstallationKey:
 
     @classmethod
     def load_or_create(cls, path: Path) -> Self:
-        """Read the 32-byte seed, or make it once (mode 0600, never overwritten)."""
-        with contextlib.suppress(FileExistsError):
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            temporary = path.with_name(f".{path.name}.{os.getpid()}")
-            fd = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-            try:
-                view = SecretBytes.random(32).view()
-                os.write(fd, view)
-                os.fsync(fd)
-                os.link(temporary, path)  # fails if another process made the key first
-            finally:
-                os.close(fd)
-                temporary.unlink()
+        """Read the 32-byte seed, or make it once (mode 0600, never overwritten).
+
+        Raises:
+            InputError: the file is damaged.
+            UnavailableError: it cannot be written.
+        """
+        try:
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                _make_seed(path)
+        except OSError as error:
+            raise UnavailableError(
+                "the installation key cannot be written", found=f"{error.strerror}: {path}"
+            ) from None
         return cls.load(path)
 
     @classmethod
@@ -103,6 +105,24 @@ class InstallationKey:
         return sha256_digest(self.key.verify_key.raw)
 
 
+def _make_seed(path: Path) -> None:
+    fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mode 0600
+    try:
+        with os.fdopen(fd, "wb", buffering=0) as file, SecretBytes.random(32) as seed:
+            with seed.view() as view:
+                file.write(view)
+            os.fsync(fd)
+        with contextlib.suppress(FileExistsError):  # another process or thread made it first
+            os.link(temporary, path)
+    finally:
+        Path(temporary).unlink()
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
 class SimulatedAttester(Attester):
     """Signs the measurements that it is given with the installation key."""
 
@@ -118,6 +138,12 @@ class SimulatedAttester(Attester):
         layers: tuple[str, ...],
         now: datetime,
     ) -> Evidence:
+        if len(report_data) != REPORT_DATA_BYTES:
+            raise InputError(
+                "report data has the wrong length",
+                found=f"{len(report_data)} bytes",
+                expected=f"{REPORT_DATA_BYTES} bytes",
+            )
         report = _Report(
             installation_key=b64(self._installation.key.verify_key.raw),
             measurements=dict(measurements),

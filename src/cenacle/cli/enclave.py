@@ -17,14 +17,16 @@ app = typer.Typer(no_args_is_help=True, help="Show this machine's sandbox and me
 
 
 def measure_here(home: Home, layers: Sequence[str] | None) -> dict[str, Any]:
-    """Reference values of this machine's simulated enclave, as a contract's ``enclave`` field."""
-    from cenacle.attestation.measure import measure_enclave
+    """Reference values of this machine's simulated enclave, as a contract's ``enclave`` field.
+
+    Measured in an enclave with the same sandbox that is started for it.
+    """
+    from cenacle.enclave.reference import measure_in_sandbox
     from cenacle.enclave.sandbox import plan
 
     chosen = plan(layers)
     values = {
-        **measure_enclave(),
-        "sandbox": chosen.digest,
+        **measure_in_sandbox(chosen),
         "installation": home.installation().measurement,
     }
     return {

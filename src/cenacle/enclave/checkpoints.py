@@ -1,13 +1,15 @@
 """Sealed checkpoints whose newest version only the broker can name.
 
-A checkpoint is a sealed file ``checkpoint-N.sealed`` under a key that only enclaves of the
-same run can derive. After it is durable its version and content digest are registered with
-the broker, and from then on every older one is void: whoever puts an old file back, or the
-whole folder, is caught because the broker's record differs.
+A checkpoint is a sealed file ``checkpoint-RUN-N.sealed`` under a key that only enclaves of the
+same run can derive; other runs may keep theirs in the same folder. After it is durable its
+version and content digest are registered with the broker, and from then on every older one is
+void: whoever puts an old file back, or the whole folder, is caught because the broker's record
+differs.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +22,7 @@ from cenacle.documents.base import canonical_json
 from cenacle.enclave.session import Session
 from cenacle.errors import CenacleError, SealError
 from cenacle.sealing import open_tensors, seal_tensors
+from cenacle.sealing.disk import disk_errors
 from cenacle.training import Checkpoint
 
 __all__ = ["SealedCheckpoints"]
@@ -33,9 +36,12 @@ class SealedCheckpoints:
     def __init__(self, folder: Path, session: Session) -> None:
         self._folder = folder
         self._session = session
+        # A digest, because the broker chose the run's name and could put a path into it.
+        run = hashlib.sha256(session.release.run.encode()).hexdigest()[:12]
+        self._prefix = f"checkpoint-{run}-"
 
     def _path(self, version: int) -> Path:
-        return self._folder / f"checkpoint-{version}.sealed"
+        return self._folder / f"{self._prefix}{version}.sealed"
 
     def save(
         self, version: int, tensors: Mapping[str, NDArray[Any]], meta: Mapping[str, Any]
@@ -45,9 +51,17 @@ class SealedCheckpoints:
         with self._session.checkpoint_key(version) as key:
             info = seal_tensors({**tensors, _META: text}, self._path(version), key)
         self._session.register_checkpoint(version, info.digest)
-        for path in self._folder.glob("checkpoint-*.sealed"):
-            if path != self._path(version):
-                path.unlink(missing_ok=True)
+        self._remove(keep=self._path(version))
+
+    def discard(self) -> None:
+        """Remove the run's checkpoints, which are of no use once it is settled."""
+        self._remove(keep=None)
+
+    def _remove(self, keep: Path | None) -> None:
+        with disk_errors(f"remove old checkpoints in {self._folder}"):
+            for path in self._folder.glob(f"{self._prefix}*.sealed"):
+                if path != keep:
+                    path.unlink(missing_ok=True)
 
     def load(self) -> Checkpoint | None:
         """The checkpoint that the broker named at the release, or None if it named none.

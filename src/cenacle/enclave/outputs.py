@@ -15,7 +15,7 @@ from cenacle.crypto import SecretBytes
 from cenacle.documents.base import b64, canonical_json
 from cenacle.documents.contract import Output
 from cenacle.documents.receipt import OutputRecord
-from cenacle.errors import EnclaveError
+from cenacle.errors import DataError, DocumentError, EnclaveError
 from cenacle.sealing import SealedInfo, SealedWriter, TableWriter, seal_bytes, seal_tensors
 
 __all__ = ["OutputValue", "check_outputs", "output_file", "seal_outputs"]
@@ -76,7 +76,7 @@ def seal_outputs(
     for output in opened.contract.outputs:
         recipient = opened.parties[output.recipient].hpke_public_key
         with SecretBytes.random(32) as key:
-            info = _SEAL[output.kind](values[output.name], folder / output_file(output.name), key)
+            info = _seal(output, values[output.name], folder / output_file(output.name), key)
             context = OutputRecord.wrapping_context(digest, output.name, info.header_digest)
             with key.view() as view:
                 wrapped = recipient.seal(view, *context)
@@ -92,6 +92,18 @@ def seal_outputs(
             )
         )
     return tuple(records)
+
+
+def _seal(output: Output, value: OutputValue, path: Path, key: SecretBytes) -> SealedInfo:
+    try:
+        return _SEAL[output.kind](value, path, key)
+    except (DataError, DocumentError):
+        # Their words quote names and values that a program may have taken from a record.
+        raise EnclaveError(
+            f"output {output.name} cannot be sealed",
+            found="content that does not fit",
+            expected=f"what a {output.kind} is made of",
+        ) from None
 
 
 def _seal_model(value: Any, path: Path, key: SecretBytes) -> SealedInfo:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import json
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -11,20 +12,23 @@ import pyarrow as pa
 
 from cenacle import errors
 from cenacle.broker.receipts import OpenedContract
-from cenacle.documents.base import b64, parse_json
+from cenacle.documents.base import b64, canonical_json, parse_json
 from cenacle.documents.contract import ProgramJob
 from cenacle.enclave.frames import read_frame, send_frame
 from cenacle.enclave.outputs import OutputValue
 from cenacle.enclave.session import Session
-from cenacle.errors import DocumentError, EnclaveError
+from cenacle.errors import EnclaveError
+from cenacle.sealing.safetensors_format import parse_header
+from cenacle.sealing.tables import check_columns, check_types
 
 __all__ = ["run_program"]
 
 
-# The program chooses the name, so only names that say nothing of its data are passed on.
+# The program chooses name and phase, so only words that say nothing of its data are passed on.
 _TOLD = frozenset(n for n in dir(builtins) if n.endswith(("Error", "Exception"))) | set(
     errors.__all__
 )
+_PHASES = {"loading": "while it was loaded", "running": "while it ran"}
 
 
 def _broken(found: str) -> EnclaveError:
@@ -44,8 +48,8 @@ def run_program(
     """Run the contract's sealed program in its own process and return its outputs.
 
     Raises:
-        EnclaveError: the program failed (its class of error is all that is told), ended
-            early, or its process broke the protocol.
+        EnclaveError: the program failed (the class of its error is all that is told), ended
+            early, left out an output or gave one twice, or its process broke the protocol.
     """
     job = opened.contract.job
     assert isinstance(job, ProgramJob)
@@ -53,24 +57,22 @@ def run_program(
     header, _ = read_frame(connection, 0)
     if header != {"kind": "ready"}:
         raise _broken("no ready message")
-    send_frame(
-        connection,
-        {
-            "program": job.program,
-            "entry": job.entry,
-            "parameters": job.parameters,
-            "outputs": kinds,
-            "assets": [
-                {
-                    "alias": alias,
-                    "mount": f"asset-{index}",
-                    "manifest": asset.to_fields(),
-                    "key": b64(bytes(session.asset_key(alias).view())),
-                }
-                for index, (alias, asset) in enumerate(opened.assets.items())
-            ],
-        },
-    )
+    told = {
+        "program": job.program,
+        "entry": job.entry,
+        "parameters": job.parameters,
+        "outputs": kinds,
+        "assets": [
+            {
+                "alias": alias,
+                "mount": f"asset-{index}",
+                "manifest": asset.to_fields(),
+                "key": b64(bytes(session.asset_key(alias).view())),
+            }
+            for index, (alias, asset) in enumerate(opened.assets.items())
+        ],
+    }
+    send_frame(connection, {"kind": "job"}, json.dumps(told).encode())
     values: dict[str, OutputValue] = {}
     while True:
         header, payload = read_frame(connection)
@@ -79,11 +81,13 @@ def run_program(
                 progress(done, total)
             case {"kind": "output", "name": str(name)} if name in kinds and name not in values:
                 values[name] = _decode(name, kinds[name], bytes(payload))
+            case {"kind": "output"}:
+                raise _broken("an output that the contract lacks, or one given twice")
             case {"kind": "done"}:
                 return values
-            case {"kind": "failed", "class": str(name)}:
+            case {"kind": "failed", "class": str(name), "phase": str(phase)} if phase in _PHASES:
                 raise EnclaveError(
-                    "the program failed",
+                    f"the program failed {_PHASES[phase]}",
                     found=name if name in _TOLD else "an error of its own",
                     expected="its end without an error",
                     remedy="run it on made-up data outside the enclave to see the whole message",
@@ -93,18 +97,28 @@ def run_program(
 
 
 def _decode(name: str, kind: str, payload: bytes) -> OutputValue:
+    """The value in a payload; nothing of a payload's content stands in the error for a bad one."""
     try:
         match kind:
             case "metrics":
                 value: Any = parse_json(payload)
                 if not isinstance(value, dict):
                     raise _broken(f"metrics {name} that are no mapping")
+                canonical_json(value)
                 return value
             case "table":
                 table = pa.ipc.open_stream(payload).read_all()
                 table.validate(full=True)
+                check_columns(table.schema.names)
+                check_types(table.schema)
                 return table
+            case "model":
+                size = int.from_bytes(payload[:8], "little")
+                parse_header(payload[:8], payload[8 : 8 + size], len(payload))
+                return payload
             case _:
                 return payload
-    except (DocumentError, pa.ArrowException):
+    except MemoryError:
+        raise
+    except Exception:  # Arrow raises much more than its own classes for bytes that are no table
         raise _broken(f"an output {name} that is no {kind}") from None

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import json
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +23,9 @@ from cenacle.enclave.context import JobContext
 from cenacle.enclave.frames import send_frame
 from cenacle.errors import InputError
 from cenacle.sealing import PackageFinder, SealedReader, read_package
+from cenacle.sealing.safetensors_format import check_name
 
-__all__ = ["encode_value", "run_program"]
+__all__ = ["Program", "encode_value", "load"]
 
 
 def encode_value(name: str, kind: str, value: Any) -> bytes:
@@ -31,7 +35,9 @@ def encode_value(name: str, kind: str, value: Any) -> bytes:
         InputError: the value is not what an output of this kind is made of.
     """
     if kind == "model" and isinstance(value, Mapping) and value:
-        arrays = {str(n): np.ascontiguousarray(a) for n, a in value.items()}
+        for tensor in value:
+            check_name(tensor)
+        arrays = {tensor: np.asarray(array, order="C") for tensor, array in value.items()}
         return bytes(safetensors.numpy.save(arrays))
     if kind == "metrics" and isinstance(value, Mapping):
         return canonical_json(dict(value))
@@ -49,22 +55,52 @@ def encode_value(name: str, kind: str, value: Any) -> bytes:
     )
 
 
-def run_program(job: dict[str, Any], connection: socket.socket, paths: Mapping[str, Path]) -> None:
-    """Open the assets, import the program from memory, call its entry point.
+@dataclass(frozen=True)
+class Program:
+    """A program that is loaded: its entry point and the context that it gets."""
+
+    entry: Callable[[JobContext], object]
+    context: JobContext
+
+    def run(self) -> None:
+        """Raises whatever the program raises."""
+        self.entry(self.context)
+
+
+@contextlib.contextmanager
+def load(
+    payload: bytes | bytearray, connection: socket.socket, paths: Mapping[str, Path]
+) -> Iterator[Program]:
+    """Open the assets and import the program from memory; it stays importable in the block.
 
     Args:
-        job: what the agent sent: manifests and keys of the assets, entry point, parameters.
+        payload: JSON of the agent's: manifests and keys of the assets, entry point, parameters.
+            A ``bytearray`` is wiped.
+        connection: takes progress and outputs.
         paths: the worker's readable mounts by name.
     """
+    job = json.loads(payload)
+    if isinstance(payload, bytearray):
+        payload[:] = bytes(len(payload))
     readers: dict[str, AssetReader] = {}
-    for fields in job["assets"]:
-        asset = Asset.from_fields(fields["manifest"])
+    manifests: dict[str, Asset] = {}
+    for fields in job.pop("assets"):
+        alias, asset = fields["alias"], Asset.from_fields(fields["manifest"])
         key = SecretBytes(bytearray(unb64(fields["key"])))
-        readers[fields["alias"]] = open_asset(asset, paths[fields["mount"]], key)
-        if fields["alias"] == job["program"]:
-            package = asset.package
+        readers[alias] = open_asset(asset, paths[fields["mount"]], key)
+        manifests[alias] = asset
     program = readers.pop(job["program"])
     assert isinstance(program, SealedReader)
+    module, _, function = job["entry"].partition(":")
+    approved = manifests[job["program"]].package
+    with PackageFinder(read_package(program), expected_digest=approved):
+        entry = getattr(importlib.import_module(module), function)
+        yield Program(entry, _context(job, readers, connection))
+
+
+def _context(
+    job: Mapping[str, Any], readers: Mapping[str, AssetReader], connection: socket.socket
+) -> JobContext:
     kinds: dict[str, str] = job["outputs"]
     given: set[str] = set()
 
@@ -78,11 +114,8 @@ def run_program(job: dict[str, Any], connection: socket.socket, paths: Mapping[s
                 found=name,
                 expected=", ".join(sorted(set(kinds) - given)) or "no more outputs",
             )
-        given.add(name)
         payload = encode_value(name, kinds[name], value)
+        given.add(name)
         send_frame(connection, {"kind": "output", "name": name}, payload)
 
-    context = JobContext(readers, job["parameters"], kinds, report, emit)
-    module, _, function = job["entry"].partition(":")
-    with PackageFinder(read_package(program), expected_digest=package):
-        getattr(importlib.import_module(module), function)(context)
+    return JobContext(readers, job["parameters"], kinds, report, emit)

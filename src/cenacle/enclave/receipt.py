@@ -31,10 +31,13 @@ from cenacle.documents.receipt import (
     ReceiptBundle,
     Statement,
 )
+from cenacle.enclave.outputs import output_file
 from cenacle.enclave.session import Session
+from cenacle.errors import CenacleError, SealError
+from cenacle.sealing import verify_digest
 from cenacle.sealing.disk import AtomicFile, disk_errors, pwrite_all
 
-__all__ = ["DRAFT_FILE", "RECEIPT_FILE", "finish", "write_draft"]
+__all__ = ["DRAFT_FILE", "RECEIPT_FILE", "draft_contract", "finish", "write_draft"]
 
 DRAFT_FILE: Final = "receipt.draft.json"
 RECEIPT_FILE: Final = "receipt.json"
@@ -117,16 +120,44 @@ def write_draft(
     _write(folder / DRAFT_FILE, canonical_json(draft.to_fields()))
 
 
+def draft_contract(folder: Path) -> str | None:
+    """The contract whose finished job lies in this folder without its receipt, if any."""
+    path = folder / DRAFT_FILE
+    if not path.is_file():
+        return None
+    return Envelope.from_fields(_read_draft(path).settlement).peek(Settlement).contract
+
+
+def _read_draft(path: Path) -> _Draft:
+    with disk_errors(f"read {path}"):
+        return _Draft.from_fields(parse_json(path.read_bytes()))
+
+
+def _check_output(path: Path, output: SettledOutput) -> None:
+    try:
+        verify_digest(path, output.content)
+    except CenacleError as error:
+        raise SealError(
+            f"the sealed output {output.name} of the finished job is not whole",
+            found=error.diagnostics(),
+            expected=output.content,
+            remedy=f"remove {DRAFT_FILE} beside it and resume: the end of the job is repeated",
+        ) from None
+
+
 def finish(client: BrokerClient, folder: Path) -> Path:
     """Settle the run of a draft and write its receipt; safe to repeat, on either side.
 
-    Returns the path of the receipt. Raises what the broker raises; the draft stays until the
-    receipt is durable.
+    Returns the path of the receipt. Raises what the broker raises, and SealError if a sealed
+    output is missing or damaged; the draft stays until the receipt is durable.
     """
     path = folder / DRAFT_FILE
-    with disk_errors(f"read {path}"):
-        draft = _Draft.from_fields(parse_json(path.read_bytes()))
-    inclusion = client.settle(Envelope.from_fields(draft.settlement))
+    draft = _read_draft(path)
+    settlement = Envelope.from_fields(draft.settlement)
+    for output in settlement.peek(Settlement).outputs:
+        # A settled run cannot be repeated, an open one can: never settle what was lost.
+        _check_output(folder / output_file(output.name), output)
+    inclusion = client.settle(settlement)
     bundle = ReceiptBundle(
         statement=draft.statement,
         binding=draft.binding,

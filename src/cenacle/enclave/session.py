@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Self
+from typing import Final, Self, TypeVar
 
 from cenacle.attestation.binding import report_data
 from cenacle.attestation.claims import Evidence
@@ -21,9 +22,30 @@ from cenacle.broker.messages import (
 from cenacle.crypto import HpkePrivateKey, SecretBytes, SigningKey, derive_key
 from cenacle.documents.base import b64, parse_json, unb64
 from cenacle.documents.receipt import Binding
-from cenacle.errors import EnclaveError, ProofError
+from cenacle.errors import ConflictError, EnclaveError, ProofError, UnavailableError
 
-__all__ = ["Session"]
+__all__ = ["Session", "patiently"]
+
+T = TypeVar("T")
+
+_PATIENCE_S: Final = 60.0
+_PAUSE_S: Final = 0.5
+
+
+def patiently(call: Callable[[], T]) -> T:
+    """Repeat a call that may be repeated while the broker is away, for a minute.
+
+    Raises:
+        UnavailableError: it did not come back.
+    """
+    deadline = time.monotonic() + _PATIENCE_S
+    while True:
+        try:
+            return call()
+        except UnavailableError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(_PAUSE_S)
 
 
 @dataclass(frozen=True)
@@ -109,7 +131,20 @@ class Session:
     def register_checkpoint(self, version: int, digest: str) -> None:
         """Tell the broker that this checkpoint is the newest; durable when this returns."""
         record = CheckpointRecord(run=self.release.run, number=version, content=digest)
-        self.client.checkpoint(record, self.signing_key)
+        attempts = 0
+
+        def register() -> None:
+            nonlocal attempts
+            attempts += 1
+            try:
+                self.client.checkpoint(record, self.signing_key)
+            except ConflictError:
+                # The attempt before was heard and its answer lost: only this enclave can sign
+                # for the run. If the run was closed instead, the next request tells.
+                if attempts == 1:
+                    raise
+
+        patiently(register)
 
     def close(self) -> None:
         """Wipe every key but the signing key, which the receipt still needs."""

@@ -43,12 +43,17 @@ def work(connection: socket.socket, plan: SandboxPlan, paths: Mapping[str, Path]
     """
     require_no_sockets(plan)
     send_frame(connection, {"kind": "ready"})
-    job, _ = read_frame(connection)  # raises when the agent ends without a job for us
+    # Raises when the agent ends without a job for us.
+    _, payload = read_frame(connection)
+    phase = "loading"
     try:
-        from cenacle.enclave.program_runner import run_program  # noqa: PLC0415
+        from cenacle.enclave.program_runner import load  # noqa: PLC0415
 
-        run_program(job, connection, paths)
+        with load(payload, connection, paths) as program:
+            phase = "running"
+            program.run()
     except BaseException as error:
-        send_frame(connection, {"kind": "failed", "class": type(error).__name__[:100]})
+        name = type(error).__name__[:100]
+        send_frame(connection, {"kind": "failed", "class": name, "phase": phase})
     else:
         send_frame(connection, {"kind": "done"})

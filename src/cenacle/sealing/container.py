@@ -18,11 +18,15 @@ import hashlib
 import hmac
 import secrets
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Self
 
 from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers import Cipher as BlockCipher
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.ciphers.algorithms import AES256
+from cryptography.hazmat.primitives.ciphers.modes import GCM
 
 from cenacle.crypto import SecretBytes, derive_key
 from cenacle.errors import InputError, SealError
@@ -246,7 +250,7 @@ class Cipher:
         SealError: the header was altered, or ``key`` is not the key it was sealed with.
     """
 
-    __slots__ = ("_aead", "header", "header_bytes", "header_digest")
+    __slots__ = ("_aead", "_key", "header", "header_bytes", "header_digest")
 
     def __init__(self, header: Header, key: SecretBytes) -> None:
         expected = _commitment(header, key)
@@ -260,10 +264,8 @@ class Cipher:
         self.header = header
         self.header_bytes = header.encode()
         self.header_digest = header.digest()
-        with derive_key(key, "sealing/file", header.prefix(), salt=header.salt) as file_key:
-            view = file_key.view()
-            self._aead = AESGCM(view)
-            view.release()
+        self._key = derive_key(key, "sealing/file", header.prefix(), salt=header.salt)
+        self._aead = AESGCM(self._key.view())
 
     @classmethod
     def create(
@@ -290,6 +292,23 @@ class Cipher:
         """Encrypt chunk ``index`` into ``out`` of exactly ``len(chunk) + 16`` bytes."""
         nonce = _CHUNK_NONCE.pack(0, index)
         self._aead.encrypt_into(nonce, chunk, self.header_digest + nonce, out)
+
+    def seal_pieces(
+        self, index: int, pieces: Sequence[memoryview], out: bytearray | memoryview
+    ) -> None:
+        """As :meth:`seal`, for a chunk that lies in several places; nothing is copied."""
+        if len(pieces) == 1:
+            self.seal(index, pieces[0], out)
+            return
+        nonce = _CHUNK_NONCE.pack(0, index)
+        gcm = BlockCipher(AES256(self._key.view()), GCM(nonce)).encryptor()
+        gcm.authenticate_additional_data(self.header_digest + nonce)
+        view = memoryview(out)
+        done = 0
+        for piece in pieces:
+            done += gcm.update_into(piece, view[done:])
+        gcm.finalize()
+        view[done:] = gcm.tag
 
     def open(
         self, index: int, record: bytes | bytearray | memoryview, out: bytearray | memoryview

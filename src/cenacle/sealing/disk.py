@@ -9,7 +9,7 @@ import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Self
+from typing import Final, Self
 
 from cenacle.errors import CenacleError, InputError, UnavailableError
 
@@ -22,6 +22,7 @@ __all__ = [
     "pwrite_all",
 ]
 
+_COPY: Final = 1 << 20
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -154,6 +155,24 @@ class AtomicFile:
             temp = self._hidden()
             os.link(source, temp, src_dir_fd=self.fd, follow_symlinks=True)
             self._temp = temp
+        except OSError as error:
+            # A sandbox may forbid giving a name to an open file; then only a copy is left.
+            if error.errno not in {errno.EXDEV, errno.EPERM, errno.EACCES, errno.ENOENT}:
+                raise
+            self._copy()
+
+    def _copy(self) -> None:
+        mode = stat.S_IMODE(os.fstat(self.fd).st_mode)
+        self._temp = self._hidden()
+        copy = os.open(self._temp, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, mode)
+        try:
+            offset = 0
+            while block := os.pread(self.fd, _COPY, offset):
+                pwrite_all(copy, block, offset)
+                offset += len(block)
+            os.fsync(copy)
+        finally:
+            os.close(copy)
 
     def abort(self) -> None:
         """Close, and remove what was not committed. Safe to call twice."""

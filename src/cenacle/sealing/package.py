@@ -74,7 +74,8 @@ def pack(directory: Path | str) -> bytes:
         files = {f"{name}/{path}": content for path, content in files.items()}
     parts = [_MAGIC, _COUNT.pack(len(files))]
     for path in sorted(files):
-        encoded = path.encode()
+        _check_path(path)
+        encoded = path.encode("ascii")
         parts += [_PATH.pack(len(encoded)), encoded, _SIZE.pack(len(files[path])), files[path]]
     packed = b"".join(parts)
     package_files(packed)  # what is packed must load

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from cenacle.errors import InputError
 
-__all__ = ["Progress", "for_each", "thread_count"]
+__all__ = ["Progress", "for_each", "start_thread", "thread_count"]
 
 Progress = Callable[[int, int], None]
 _MAX_DEFAULT = 8
@@ -22,12 +22,23 @@ _MAX_DEFAULT = 8
 def thread_count(threads: int | None) -> int:
     """The number to use: what was asked for, else the cores this process may run on, at most 8."""
     if threads is None:
-        return max(1, min(_MAX_DEFAULT, len(os.sched_getaffinity(0))))
+        allowed = getattr(os, "sched_getaffinity", None)  # Linux only
+        cores = len(allowed(0)) if allowed else os.cpu_count() or 1
+        return max(1, min(_MAX_DEFAULT, cores))
     if threads < 1:
         raise InputError(
             "a number of threads must be positive", found=threads, expected="1 or more"
         )
     return threads
+
+
+def start_thread(thread: threading.Thread) -> bool:
+    """Start a helper; ``False`` where the system allows no more threads (a sandbox's limit)."""
+    try:
+        thread.start()
+    except RuntimeError:
+        return False
+    return True
 
 
 def for_each(
@@ -65,12 +76,12 @@ def for_each(
             errors.append(error)
             stop.set()
 
-    helpers = [
-        threading.Thread(target=run, name="cenacle-sealing", daemon=True)
-        for _ in range(min(threads, count) - 1)
-    ]
-    for helper in helpers:
-        helper.start()
+    helpers = []
+    for _ in range(min(threads, count) - 1):
+        helper = threading.Thread(target=run, name="cenacle-sealing", daemon=True)
+        if not start_thread(helper):
+            break
+        helpers.append(helper)
     run(progress)
     for helper in helpers:
         helper.join()

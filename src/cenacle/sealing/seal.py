@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from cenacle.crypto import SecretBytes
 from cenacle.errors import InputError
-from cenacle.sealing.disk import AtomicFile, disk_errors, pwrite_all
+from cenacle.sealing.disk import AtomicFile, begin_writeback, disk_errors, pwrite_all
 from cenacle.sealing.importers import Options, find_importer
 from cenacle.sealing.info import SealedInfo
 from cenacle.sealing.package import (
@@ -27,15 +27,16 @@ from cenacle.sealing.package import (
     package_digest,
     package_files,
 )
-from cenacle.sealing.parallel import Progress
+from cenacle.sealing.parallel import Progress, for_each, thread_count
 from cenacle.sealing.reader import SealedReader
 from cenacle.sealing.tables import TableReader
-from cenacle.sealing.tensors import TensorReader
+from cenacle.sealing.tensor_reader import TensorReader
 from cenacle.sealing.writer import SealedWriter
 
 __all__ = ["read_package", "seal_bytes", "seal_path", "unseal_path"]
 
-_BLOCK: Final = 4 << 20
+_BLOCK: Final = 1 << 20
+_WRITEBACK: Final = 32  # blocks
 
 
 def seal_path(
@@ -167,7 +168,7 @@ def unseal_path(
                 _expect_suffix(target, (".safetensors",), "tensors")
                 schema = TensorReader(reader).schema()
             with AtomicFile(target, 0o600) as file, disk_errors(f"write {target}"):
-                _copy(reader, file.fd, progress)
+                _copy(reader, file.fd, thread_count(threads), progress)
                 file.commit()
         return replace(reader.info, schema=schema)
 
@@ -182,14 +183,30 @@ def _expect_suffix(target: Path, suffixes: tuple[str, ...], kind: str) -> None:
         )
 
 
-def _copy(reader: SealedReader, fd: int, progress: Progress | None) -> None:
-    buffer = memoryview(bytearray(min(_BLOCK, max(1, reader.size))))
-    for start in range(0, reader.size, _BLOCK):
-        part = buffer[: min(_BLOCK, reader.size - start)]
-        reader.readinto(start, part)
-        pwrite_all(fd, part, start)
-        if progress is not None:
-            progress(start + len(part), reader.size)
+def _copy(reader: SealedReader, fd: int, threads: int, progress: Progress | None) -> None:
+    block = max(_BLOCK, reader.layout.chunk)  # both are powers of two
+
+    def make_worker() -> Callable[[int], None]:
+        buffer = memoryview(bytearray(min(block, max(1, reader.size))))
+
+        def work(index: int) -> None:
+            start = index * block
+            part = buffer[: min(block, reader.size - start)]
+            reader.readinto(start, part)
+            pwrite_all(fd, part, start)
+            if index % _WRITEBACK == 0 and index:
+                begin_writeback(fd, start - _WRITEBACK * block, _WRITEBACK * block)
+
+        return work
+
+    report = None
+    if progress is not None:
+        notify = progress
+
+        def report(blocks: int) -> None:
+            notify(min(reader.size, blocks * block), reader.size)
+
+    for_each(-(-reader.size // block), make_worker, threads, report)
 
 
 def _write_table(reader: SealedReader, target: Path, progress: Progress | None) -> dict[str, Any]:

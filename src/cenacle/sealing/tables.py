@@ -22,7 +22,7 @@ from cenacle.sealing.writer import SealedWriter
 __all__ = ["TableReader", "TableWriter", "check_columns", "table_schema"]
 
 _ROWS_KEY: Final = b"cenacle.rows_per_batch"
-_BATCH_BYTES: Final = 1 << 22
+_BATCH_BYTES: Final = 1 << 20  # a row range costs no more than this and two chunks
 _MAX_ROWS: Final = 1 << 16
 
 
@@ -204,10 +204,15 @@ class TableReader:
     def _open(self) -> None:
         file = self._ipc(None)
         metadata = (file.schema.metadata or {}).get(_ROWS_KEY, b"")
-        if not metadata.isdigit() or not 1 <= int(metadata[:9]) <= _MAX_ROWS:
+        if not metadata.isdigit() or len(metadata) > 9 or not 1 <= int(metadata) <= _MAX_ROWS:
             raise _malformed("no number of rows a batch")
         self._per_batch = int(metadata)
         self.schema: pa.Schema = file.schema.remove_metadata()
+        try:
+            # pyarrow decodes names and time zones only when they are looked at.
+            _ = [(field.name, getattr(field.type, "tz", None)) for field in self.schema]
+        except UnicodeDecodeError:
+            raise _malformed("names that are not UTF-8") from None
         check_columns(self.schema.names)
         check_types(self.schema)
         self._batches: int = file.num_record_batches

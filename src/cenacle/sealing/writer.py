@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import queue
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -28,7 +27,7 @@ from cenacle.sealing.container import (
 )
 from cenacle.sealing.disk import AtomicFile, begin_writeback, disk_errors, pread_into, pwrite_all
 from cenacle.sealing.info import SealedInfo
-from cenacle.sealing.parallel import Progress, for_each, thread_count
+from cenacle.sealing.parallel import Progress, for_each, start_thread, thread_count
 
 __all__ = ["SealedWriter", "Segments"]
 
@@ -49,22 +48,17 @@ class Segments:
         self._starts = [0, *accumulate(len(view) for view in self._views)]
         self.length = self._starts[-1]
 
-    def span(self, start: int, stop: int, scratch: memoryview) -> memoryview:
-        """Bytes ``start`` to ``stop``: a view where they lie in one buffer, else ``scratch``."""
+    def pieces(self, start: int, stop: int) -> list[memoryview]:
+        """Views that together are bytes ``start`` to ``stop``; mostly just one."""
         number = bisect_right(self._starts, start) - 1
         begin = start - self._starts[number]
-        first = self._views[number][begin : begin + stop - start]
-        if len(first) == stop - start:
-            return first
-        filled = 0
-        piece = first
-        while True:
-            scratch[filled : filled + len(piece)] = piece
-            filled += len(piece)
-            if filled == stop - start:
-                return scratch[:filled]
+        found = [self._views[number][begin : begin + stop - start]]
+        left = stop - start - len(found[0])
+        while left:
             number += 1
-            piece = self._views[number][: stop - start - filled]
+            found.append(self._views[number][:left])
+            left -= len(found[-1])
+        return found
 
 
 def _as_bytes(buffer: Buffer) -> memoryview:
@@ -83,10 +77,10 @@ class _Sink:
         self._table = bytearray()
         self._lock = threading.Lock()
 
-    def put(self, index: int, chunk: Buffer, out: memoryview) -> None:
-        """``out`` is scratch space of a chunk and a tag."""
-        record = out[: len(chunk) + TAG_BYTES]
-        self.cipher.seal(index, chunk, record)
+    def put(self, index: int, pieces: Sequence[memoryview], out: memoryview) -> None:
+        """Seal a chunk given in pieces; ``out`` is scratch space of a chunk and a tag."""
+        record = out[: sum(map(len, pieces)) + TAG_BYTES]
+        self.cipher.seal_pieces(index, pieces, record)
         digest = hashlib.sha256(record).digest()
         offset = self._layout.record_offset(index)
         pwrite_all(self.fd, record, offset)
@@ -199,8 +193,8 @@ class SealedWriter(io.RawIOBase):
     def write_segments(self, segments: Segments, progress: Progress | None = None) -> None:
         """Seal buffers without copying them, on several threads; only as the whole content."""
 
-        def read(start: int, stop: int, scratch: memoryview) -> memoryview:
-            return segments.span(start, stop, scratch)
+        def read(start: int, stop: int, _: memoryview) -> list[memoryview]:
+            return segments.pieces(start, stop)
 
         self._write_all(segments.length, read, progress)
 
@@ -211,7 +205,7 @@ class SealedWriter(io.RawIOBase):
             DataError: the file became shorter meanwhile.
         """
 
-        def read(start: int, stop: int, scratch: memoryview) -> memoryview:
+        def read(start: int, stop: int, scratch: memoryview) -> list[memoryview]:
             if pread_into(fd, scratch[: stop - start], start) != stop - start:
                 raise DataError(
                     "a file became shorter while it was being sealed",
@@ -219,14 +213,14 @@ class SealedWriter(io.RawIOBase):
                     expected=f"{length} bytes",
                     remedy="seal it again when nothing writes to it",
                 )
-            return scratch[: stop - start]
+            return [scratch[: stop - start]]
 
         self._write_all(length, read, progress)
 
     def _write_all(
         self,
         length: int,
-        read: Callable[[int, int, memoryview], memoryview],
+        read: Callable[[int, int, memoryview], list[memoryview]],
         progress: Progress | None,
     ) -> None:
         self._check_open()
@@ -358,9 +352,12 @@ class _Crew:
         self._raise()
         if len(self._helpers) < min(self._threads, index + 1):
             helper = threading.Thread(target=self._run, name="cenacle-sealing", daemon=True)
-            self._helpers.append(helper)
-            helper.start()
+            if start_thread(helper):
+                self._helpers.append(helper)
         self._work.put((index, buffer, length))
+        if not self._helpers:
+            self._work.put(None)
+            self._run()
 
     def _run(self) -> None:
         out = memoryview(bytearray(self._sink.chunk + TAG_BYTES))
@@ -368,7 +365,7 @@ class _Crew:
             index, buffer, length = item
             try:
                 if not self._errors:
-                    self._sink.put(index, buffer[:length], out)
+                    self._sink.put(index, [buffer[:length]], out)
             except BaseException as error:  # re-raised on the writing thread
                 self._errors.append(error)
             finally:
@@ -387,5 +384,4 @@ class _Crew:
         for _ in helpers:
             self._work.put(None)
         for helper in helpers:
-            with contextlib.suppress(RuntimeError):
-                helper.join()
+            helper.join()

@@ -6,9 +6,9 @@ and sign need not install it.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from cenacle._lazy import lazy_names
 from cenacle.training.checkpoint import Checkpoint, CheckpointSink
 from cenacle.training.sources import (
     MemoryTable,
@@ -40,21 +40,15 @@ __all__ = [
     "write_model",
 ]
 
-_HOMES = {
-    "Predictions": "inference",
-    "TrainingResult": "run",
-    "load_model": "inference",
-    "predict": "inference",
-    "read_model": "model_file",
-    "train": "run",
-    "write_model": "model_file",
-}
-
-
-def __getattr__(name: str) -> Any:
-    home = _HOMES.get(name)
-    if home is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{home}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "Predictions": "inference",
+        "TrainingResult": "run",
+        "load_model": "inference",
+        "predict": "inference",
+        "read_model": "model_file",
+        "train": "run",
+        "write_model": "model_file",
+    },
+)

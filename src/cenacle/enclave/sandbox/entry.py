@@ -53,20 +53,21 @@ class AgentConfig:
 Agent = Callable[[AgentConfig, Channel], None]
 
 
-def enclave_main(agent: Agent | str, worker: str | None = None) -> None:
+def enclave_main(agent: Agent | str, worker: str | None = None, worker_mounts: str = "") -> None:
     """Confine this process as its launcher planned, then run ``agent`` and exit.
 
     Args:
-        worker: ``module:function`` that serves a second process over a socket; it is called
-            with the socket, the sandbox plan and the readable mounts, once confined.
         agent: the agent, or ``module:function`` to import only once the process is confined
             (which is needed if its imports start threads, as numpy's do).
+        worker: ``module:function`` that serves a second process over a socket; it is called
+            with the socket, the sandbox plan and its readable mounts, once confined.
+        worker_mounts: how the names of the read-only mounts begin that it may read.
     """
     status = EXIT_FAILED
     channel = Channel(_take_channel())
     try:
         told = _read_config()
-        connection = None if worker is None else _fork_worker(worker, told, channel)
+        connection = None if worker is None else _fork_worker(worker, worker_mounts, told, channel)
         config = _confine(told, connection)
         chosen = _load(agent) if isinstance(agent, str) else agent
         chosen(config, channel)
@@ -140,7 +141,7 @@ def _confine(told: _Told, worker: int | None) -> AgentConfig:
     return AgentConfig(job=told.job, paths=told.paths, plan=told.plan, layers=active, worker=worker)
 
 
-def _fork_worker(worker: str, told: _Told, channel: Channel) -> int:
+def _fork_worker(worker: str, prefix: str, told: _Told, channel: Channel) -> int:
     """Make the second process; returns this side's socket to it."""
     ours, theirs = socket.socketpair()
     agent = os.getpid()
@@ -151,16 +152,16 @@ def _fork_worker(worker: str, told: _Told, channel: Channel) -> int:
     try:
         ours.close()
         channel.close()
-        view = View(read_only=told.view.read_only)
+        readable = {
+            name: path
+            for name, path in told.paths.items()
+            if name.startswith(prefix) and any(m.inside == path for m in told.view.read_only)
+        }
+        view = View(read_only=tuple(Mount(path, path) for path in readable.values()))
         apply_inner(told.plan, view)
         if os.getppid() != agent:
             raise EnclaveError("the agent of this process is gone")
         verify_active(told.plan)
-        readable = {
-            name: path
-            for name, path in told.paths.items()
-            if any(mount.inside == path for mount in view.read_only)
-        }
         _load(worker)(theirs, told.plan, readable)
         status = 0
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import tokenize
 import warnings
 import zipfile
 import zlib
@@ -24,6 +25,17 @@ __all__ = ["import_npy", "import_npz"]
 _BLOCK: Final = 1 << 20
 _MAX_MEMBERS: Final = 100_000
 _Shape = tuple[int, ...]
+# numpy reads the header with ast and, for files of Python 2, with tokenize.
+_HEADER_ERRORS: Final = (
+    KeyError,
+    ValueError,
+    TypeError,
+    SyntaxError,
+    tokenize.TokenError,
+    Warning,
+    RecursionError,
+    MemoryError,
+)
 _HEADERS: Final = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
@@ -130,7 +142,7 @@ def _read_header(file: IO[bytes], name: str) -> tuple[_Shape, bool, np.dtype[Any
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             shape, fortran, dtype = _HEADERS[version](file)
-    except (KeyError, ValueError, TypeError, SyntaxError, Warning, RecursionError, MemoryError):
+    except _HEADER_ERRORS:
         raise _bad(f"array {name[:80]!r} without a valid header", "an .npy file") from None
     if dtype.hasobject:
         raise DataError(

@@ -10,8 +10,8 @@ from __future__ import annotations
 import codecs
 import csv
 import io
-import itertools
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +31,9 @@ from cenacle.sealing.writer import SealedWriter
 
 __all__ = ["import_csv", "import_tsv"]
 
+_RAGGED: Final = re.compile(
+    r"CSV parse error: Row #([0-9]+): Expected ([0-9]+) columns, got ([0-9]+)"
+)
 _BLOCK: Final = 1 << 20
 _MAX_HEADER: Final = 1 << 20
 _NULLS: Final = pa.array(pa_csv.ConvertOptions().null_values)
@@ -82,10 +85,7 @@ def _import(path: Path, separator: str, writer: SealedWriter, options: Options) 
         texts = [
             _to_text(name, cells, done) for name, cells in zip(names, batch.columns, strict=True)
         ]
-        try:
-            arrays = [column.convert(text) for column, text in zip(columns, texts, strict=True)]
-        except pa.ArrowException:
-            raise _changed() from None
+        arrays = [column.convert(text) for column, text in zip(columns, texts, strict=True)]
         converted = pa.RecordBatch.from_arrays(arrays, schema=schema)
         if not options.allow_missing:
             refuse_missing(converted, done)
@@ -153,57 +153,70 @@ def _read_names(path: Path, separator: str) -> list[str]:
 def _read_text(
     path: Path, separator: str, names: list[str], progress: Progress | None
 ) -> Iterator[pa.RecordBatch]:
-    """Batches of undecoded cells. Raises for the first ragged row."""
-    ragged: list[pa_csv.InvalidRow] = []
-
-    def remember(row: pa_csv.InvalidRow) -> str:
-        ragged.append(row)
-        return "skip"
-
+    """Batches of undecoded cells; raises :class:`DataError` for the first ragged row."""
     with os.fdopen(open_source(path), "rb") as raw, disk_errors(f"read {path}"):
         total = os.fstat(raw.fileno()).st_size
         counting = _QuoteCounter(raw)
-        try:
-            reader = pa_csv.open_csv(
-                counting,
-                read_options=pa_csv.ReadOptions(use_threads=False, block_size=_BLOCK),
-                parse_options=pa_csv.ParseOptions(
-                    delimiter=separator,
-                    newlines_in_values=True,
-                    ignore_empty_lines=len(names) > 1,
-                    invalid_row_handler=remember,
-                ),
-                convert_options=pa_csv.ConvertOptions(
-                    column_types=dict.fromkeys(names, pa.binary()),
-                    strings_can_be_null=False,
-                    check_utf8=False,
-                ),
-            )
-            if reader.schema.names != names:
-                raise _bad(
-                    "a CSV file has an ambiguous header",
-                    "a first line that two parsers read differently",
-                    "plain column names",
-                    "put the column names in double quotes",
-                )
-            for batch in itertools.chain(reader, [None]):
-                if ragged:
-                    raise _ragged(ragged[0])
-                if batch is None:
-                    counting.check()
-                    return
-                yield batch
-                if progress is not None:
-                    progress(min(counting.position, total), total)
-        except pa.ArrowException:
-            if ragged:
-                raise _ragged(ragged[0]) from None
-            raise _bad(
-                "a CSV file is malformed",
-                "a header without line end, open quotes, or a row longer than 1 MiB",
-                "rows of cells",
-                "check the file's quotes and line ends",
-            ) from None
+        batches = _parse(counting, separator, names)
+        while isinstance(batch := _next_batch(batches), pa.RecordBatch):
+            yield batch
+            if progress is not None:
+                progress(min(counting.position, total), total)
+        if batch is not None:
+            raise batch
+        counting.check()
+
+
+def _parse(file: _QuoteCounter, separator: str, names: list[str]) -> Iterator[pa.RecordBatch]:
+    reader = pa_csv.open_csv(
+        file,
+        read_options=pa_csv.ReadOptions(use_threads=False, block_size=_BLOCK),
+        parse_options=pa_csv.ParseOptions(
+            delimiter=separator,
+            newlines_in_values=True,
+            ignore_empty_lines=len(names) > 1,
+        ),
+        convert_options=pa_csv.ConvertOptions(
+            column_types=dict.fromkeys(names, pa.binary()),
+            strings_can_be_null=False,
+            check_utf8=False,
+        ),
+    )
+    if reader.schema.names != names:
+        raise _bad(
+            "a CSV file has an ambiguous header",
+            "a first line that two parsers read differently",
+            "plain column names",
+            "put the column names in double quotes",
+        )
+    yield from reader
+
+
+def _next_batch(batches: Iterator[pa.RecordBatch]) -> pa.RecordBatch | DataError | None:
+    """The next batch, ``None`` at the end, or what is wrong.
+
+    The error is returned, not raised: raised here it would carry pyarrow's as its context,
+    and that quotes the row. Only the numbers at the start of its text are taken. (pyarrow's
+    handler for invalid rows is no way: it fails, loudly, on rows that are not UTF-8.)
+    """
+    try:
+        return next(batches, None)
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        ragged = _RAGGED.match(str(error))
+    if ragged is None:
+        return _bad(
+            "a CSV file is malformed",
+            "a header without line end, open quotes, or a row longer than 1 MiB",
+            "rows of cells",
+            "check the file's quotes and line ends",
+        )
+    row, expected, found = ragged.groups()
+    return _bad(
+        f"row {int(row) - 1} of a CSV file has another number of cells than the header",
+        found,
+        expected,
+        "check separators and quotes in that row",
+    )
 
 
 class _QuoteCounter:
@@ -233,15 +246,6 @@ class _QuoteCounter:
             )
 
 
-def _ragged(row: pa_csv.InvalidRow) -> DataError:
-    return _bad(
-        f"row {row.number - 1} of a CSV file has another number of cells than the header",
-        str(row.actual_columns),
-        str(row.expected_columns),
-        "check separators and quotes in that row",
-    )
-
-
 def _is_utf8(cell: bytes) -> bool:
     try:
         cell.decode()
@@ -251,16 +255,16 @@ def _is_utf8(cell: bytes) -> bool:
 
 
 def _to_text(name: str, cells: pa.Array, rows_before: int) -> pa.Array:
-    try:
-        return cells.cast(pa.string())
-    except pa.ArrowException:
-        row = next(i for i in range(len(cells)) if not _is_utf8(cells[i].as_py()))
-        raise _bad(
-            f"row {rows_before + row + 1} of column {name[:80]!r} is not UTF-8 text",
-            "other bytes",
-            "UTF-8",
-            "save the file as CSV in UTF-8",
-        ) from None
+    text = _cast(cells, pa.string())
+    if text is not None:
+        return text
+    row = next(i for i in range(len(cells)) if not _is_utf8(cells[i].as_py()))
+    raise _bad(
+        f"row {rows_before + row + 1} of column {name[:80]!r} is not UTF-8 text",
+        "other bytes",
+        "UTF-8",
+        "save the file as CSV in UTF-8",
+    )
 
 
 @dataclass(slots=True)
@@ -314,7 +318,10 @@ class _Column:
             return pc.if_else(pc.equal(pc.utf8_trim_whitespace(cells), ""), None, cells)
         cells = pc.utf8_trim_whitespace(cells)
         cells = pc.if_else(pc.is_in(cells, value_set=_NULLS), pa.scalar(None, pa.string()), cells)
-        return pc.cast(cells, self.type)
+        values = _cast(cells, self.type)
+        if values is None:
+            raise _changed()
+        return values
 
 
 def _narrow(alive: list[pa.DataType], cells: pa.Array) -> list[pa.DataType]:
@@ -341,8 +348,12 @@ def _match(cells: pa.Array, pattern: str) -> bool:
 
 
 def _casts(cells: pa.Array, kind: pa.DataType) -> bool:
+    return _cast(cells, kind) is not None
+
+
+def _cast(cells: pa.Array, kind: pa.DataType) -> pa.Array | None:
+    """``None`` where a cell does not fit; pyarrow's error, which quotes it, goes no further."""
     try:
-        pc.cast(cells, kind)
+        return pc.cast(cells, kind)
     except pa.ArrowException:
-        return False
-    return True
+        return None

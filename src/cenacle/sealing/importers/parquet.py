@@ -46,7 +46,7 @@ def import_parquet(path: Path, writer: SealedWriter, options: Options) -> dict[s
             check_columns(schema.names)
             batches = file.iter_batches(_BATCH_ROWS, use_threads=False)
             return _copy(batches, schema, rows, writer, options)
-        except (pa.ArrowException, OverflowError):
+        except (pa.ArrowException, OverflowError, UnicodeDecodeError):
             raise _bad("Parquet") from None
 
 
@@ -58,7 +58,7 @@ def import_arrow(path: Path, writer: SealedWriter, options: Options) -> dict[str
             file = pa.ipc.open_file(raw)
             batches = (file.get_batch(i) for i in range(file.num_record_batches))
             return _copy(batches, file.schema, 0, writer, options)
-        except pa.ArrowException:
+        except (pa.ArrowException, UnicodeDecodeError):
             raise _bad("Arrow") from None
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import pickle
 import zipfile
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 
-from cenacle.errors import DataError, InputError
+from cenacle.errors import CenacleError, DataError, InputError
 from cenacle.sealing.disk import disk_errors, open_source
 from cenacle.sealing.importers.registry import Options, importer
 from cenacle.sealing.safetensors_format import build_header
@@ -31,6 +30,13 @@ def _refused(found: str) -> DataError:
     )
 
 
+def _is_zip(file: IO[bytes]) -> bool:
+    try:
+        return zipfile.is_zipfile(file)
+    except (zipfile.BadZipFile, ValueError):
+        return False
+
+
 @importer("PyTorch state dict", "tensors", (".pt", ".pth"))
 def import_torch(path: Path, writer: SealedWriter, options: Options) -> dict[str, Any]:
     """Every tensor of the dictionary under its key; anything else is refused.
@@ -42,7 +48,7 @@ def import_torch(path: Path, writer: SealedWriter, options: Options) -> dict[str
     fd = open_source(path)
     with os.fdopen(fd, "rb") as file, disk_errors(f"read {path}"):
         # The format before torch 1.6 is a bare pickle stream; it is not even tried.
-        if not zipfile.is_zipfile(file):
+        if not _is_zip(file):
             raise _refused("a file that is no zip archive")
     try:
         import torch  # noqa: PLC0415  (optional, and slow to import)
@@ -51,7 +57,7 @@ def import_torch(path: Path, writer: SealedWriter, options: Options) -> dict[str
             "torch is needed to read this file",
             found="not installed",
             expected="torch",
-            remedy="pip install 'cenacle[train]', or convert the file to safetensors",
+            remedy="run pip install 'cenacle[train]', or convert the file to safetensors",
         ) from None
     names: dict[torch.dtype, str] = {
         torch.bool: "BOOL",
@@ -69,7 +75,10 @@ def import_torch(path: Path, writer: SealedWriter, options: Options) -> dict[str
     try:
         with disk_errors(f"read {path}"):
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, ValueError, pickle.UnpicklingError, EOFError, KeyError, TypeError):
+    except CenacleError:
+        raise
+    except Exception:
+        # On damaged files torch's restricted unpickler fails in every way Python knows.
         raise _refused("content that loads only by running code, or a damaged file") from None
     if not isinstance(state, dict) or not state:
         raise _refused("no dictionary, or an empty one")
