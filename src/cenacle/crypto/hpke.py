@@ -31,6 +31,7 @@ _MLKEM_PUBLIC: Final = 1184
 _MLKEM_SEED: Final = 64
 _X25519: Final = 32
 PUBLIC_KEY_BYTES: Final = _MLKEM_PUBLIC + _X25519
+_PROBE = X25519PrivateKey.generate()
 _SUITE = Suite(KEM.MLKEM768_X25519, KDF.HKDF_SHA256, AEAD.AES_256_GCM)
 
 
@@ -47,9 +48,10 @@ class HpkePublicKey:
                 expected=f"{PUBLIC_KEY_BYTES} bytes ({SUITE_NAME})",
             )
         try:
+            x25519 = X25519PublicKey.from_public_bytes(raw[_MLKEM_PUBLIC:])
+            _PROBE.exchange(x25519)  # a point of small order would fail at the first seal
             self._key = MLKEM768X25519PublicKey(
-                MLKEM768PublicKey.from_public_bytes(raw[:_MLKEM_PUBLIC]),
-                X25519PublicKey.from_public_bytes(raw[_MLKEM_PUBLIC:]),
+                MLKEM768PublicKey.from_public_bytes(raw[:_MLKEM_PUBLIC]), x25519
             )
         except ValueError as error:
             raise InputError(f"an HPKE public key is malformed ({error})") from None

@@ -5,6 +5,9 @@ root process can read them through ``/proc/PID/mem`` or ``/dev/mem``. Where the 
 missing, an anonymous ``mlock``-ed page with ``MADV_DONTDUMP`` is used, and
 :attr:`SecretBytes.protection` says so.
 
+A secret belongs to the process that made it. A forked child shares secret pages with its
+parent, so it can neither read a secret nor, by dropping its copy, wipe the parent's.
+
 Honest limit: OpenSSL keeps its own expanded copy of a key on the heap while a cipher
 object lives, and short-lived ``bytes`` pass through Python's allocator when a key is
 unwrapped. Both are covered by ``PR_SET_DUMPABLE=0`` and the sandbox, not by this class.
@@ -26,19 +29,46 @@ _O_CLOEXEC = 0o2000000
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def _secret_page(size: int) -> tuple[mmap.mmap, str]:
+class _Page(mmap.mmap):
+    """A page that is overwritten when the last reference to it, a view perhaps, goes away."""
+
+    owner: int
+    shared: bool
+    wiped = False
+
+    def mine(self) -> bool:
+        return self.owner == os.getpid()
+
+    def wipe(self) -> None:
+        # What a forked child overwrites in a shared page is gone for its parent too.
+        if not self.closed and (self.mine() or not self.shared):
+            self[:] = bytes(len(self))
+        self.wiped = True
+
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError, TypeError, ValueError):
+            self.wipe()
+
+
+def _map(fd: int, size: int, flags: int) -> _Page:
+    page = _Page(fd, size, flags=flags)
+    page.owner, page.shared = os.getpid(), flags == mmap.MAP_SHARED
+    return page
+
+
+def _secret_page(size: int) -> tuple[_Page, str]:
     fd = -1
     with contextlib.suppress(AttributeError):
         fd = _libc.syscall(_SYS_MEMFD_SECRET, _O_CLOEXEC)
     if fd >= 0:
         try:
             os.ftruncate(fd, size)
-            return mmap.mmap(fd, size, flags=mmap.MAP_SHARED), "memfd_secret"
+            return _map(fd, size, mmap.MAP_SHARED), "memfd_secret"
         except OSError:
             pass  # RLIMIT_MEMLOCK is used up: fall through to an ordinary page
         finally:
             os.close(fd)
-    page = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    page = _map(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_DONTDUMP"):
         page.madvise(mmap.MADV_DONTDUMP)
     address = ctypes.addressof(ctypes.c_char.from_buffer(page))
@@ -47,7 +77,7 @@ def _secret_page(size: int) -> tuple[mmap.mmap, str]:
 
 
 class SecretBytes:
-    """A key of fixed length, wiped when closed or collected.
+    """A key of fixed length, wiped when closed, or when it and all its views are collected.
 
     Never printable, picklable or comparable with ``==`` (use
     :func:`hmac.compare_digest` on :meth:`view`).
@@ -62,11 +92,14 @@ class SecretBytes:
     __slots__ = ("_length", "_page", "protection")
 
     def __init__(self, data: bytes | bytearray | memoryview) -> None:
-        if len(data) == 0:
-            raise ValueError("a secret must have at least one byte")
-        self._length = len(data)
-        self._page, self.protection = _secret_page(-(-len(data) // mmap.PAGESIZE) * mmap.PAGESIZE)
-        self._page[: self._length] = bytes(data)
+        with memoryview(data) as view:
+            self._length = view.nbytes
+            if self._length == 0:
+                raise ValueError("a secret must have at least one byte")
+            pages = -(-self._length // mmap.PAGESIZE)
+            self._page, self.protection = _secret_page(pages * mmap.PAGESIZE)
+            with view.cast("B") as octets:
+                self._page[: self._length] = octets
         if isinstance(data, bytearray):
             data[:] = bytes(len(data))
 
@@ -76,16 +109,16 @@ class SecretBytes:
         return cls(bytearray(secrets.token_bytes(length)))
 
     def view(self) -> memoryview:
-        """A read-only view; raises ``ValueError`` after :meth:`wipe`."""
-        if self._page.closed:
+        """A read-only view; ``ValueError`` after :meth:`wipe` and in a forked child."""
+        if self._page.wiped:
             raise ValueError("this secret was wiped")
+        if not self._page.mine():
+            raise ValueError("this secret belongs to the process that this one was forked from")
         return memoryview(self._page).toreadonly()[: self._length]
 
     def wipe(self) -> None:
         """Overwrite and unmap. Safe to call twice."""
-        if self._page.closed:
-            return
-        self._page[: self._length] = bytes(self._length)
+        self._page.wipe()
         # A live view keeps the (already zeroed) page mapped until it goes away.
         with contextlib.suppress(BufferError):
             self._page.close()
@@ -98,10 +131,6 @@ class SecretBytes:
 
     def __exit__(self, *_: object) -> None:
         self.wipe()
-
-    def __del__(self) -> None:
-        with contextlib.suppress(AttributeError, ValueError):
-            self.wipe()
 
     def __repr__(self) -> str:
         return f"<SecretBytes {self._length} bytes in {self.protection}>"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Self
+from typing import Final, Self
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from securesystemslib.exceptions import UnverifiedSignatureError, VerificationError
@@ -13,6 +13,21 @@ from cenacle.crypto.memory import SecretBytes
 from cenacle.errors import InputError, SignatureError
 
 __all__ = ["SigningKey", "VerifyKey"]
+
+# Points of order 1, 2, 4 and 8 and their non-canonical spellings, without the sign bit. Under
+# such a key a signature can hold for every message, so its owner could disown what he signed.
+_WEAK_KEYS: Final = frozenset(
+    bytes.fromhex(key)
+    for key in (
+        "00" * 32,
+        "01" + "00" * 31,
+        "26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05",
+        "c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac037a",
+        "ec" + "ff" * 30 + "7f",
+        "ed" + "ff" * 30 + "7f",
+        "ee" + "ff" * 30 + "7f",
+    )
+)
 
 
 class VerifyKey:
@@ -26,6 +41,12 @@ class VerifyKey:
                 "an Ed25519 public key has the wrong length",
                 found=f"{len(raw)} bytes",
                 expected="32 bytes",
+            )
+        if bytes([*raw[:31], raw[31] & 0x7F]) in _WEAK_KEYS:
+            raise InputError(
+                "an Ed25519 public key is of small order, so anyone can sign for it",
+                found=raw.hex(),
+                expected="a key made by a generator of keys",
             )
         self.raw = bytes(raw)
         self.keyid = hashlib.sha256(raw).hexdigest()
@@ -102,5 +123,3 @@ class SigningKey:
 
     def sign(self, message: bytes) -> bytes:
         return bytes.fromhex(self._signer.sign(message).signature)
-
-

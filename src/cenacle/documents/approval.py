@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from cenacle.documents.base import Frozen, Name
 
 __all__ = ["AllOf", "AnyOf", "AtLeast", "Rule", "approves", "describe_rule", "parties_of"]
 
 
-def _key(rule: Rule) -> str:
-    return rule if isinstance(rule, str) else rule.model_dump_json()
+def _meaning(rule: Rule) -> tuple[int, frozenset[object]] | str:
+    """Equal for rules that say the same in another order or with needless brackets."""
+    match rule:
+        case AllOf(all_of=parts):
+            needed = len(parts)
+        case AnyOf(any_of=parts):
+            needed = 1
+        case AtLeast(at_least=needed, of=parts):
+            pass
+        case str():
+            return rule
+    if len(parts) == 1:
+        return _meaning(parts[0])
+    return needed, frozenset(_meaning(part) for part in parts)
 
 
 def _no_doubles(rules: tuple[Rule, ...]) -> None:
-    keys = [_key(rule) for rule in rules]
-    if len(set(keys)) != len(keys):
+    if len({_meaning(rule) for rule in rules}) != len(rules):
         raise ValueError("a rule names the same party or rule twice; each counts once")
 
 
@@ -61,7 +72,24 @@ class AtLeast(Frozen):
         return self
 
 
-Rule = Name | AllOf | AnyOf | AtLeast
+def _form(rule: Any) -> str | None:
+    if isinstance(rule, str):
+        return "party"
+    names = rule if isinstance(rule, dict) else getattr(rule, "model_fields_set", ())
+    return next((name for name in ("all_of", "any_of", "at_least") if name in names), None)
+
+
+Rule = Annotated[
+    Annotated[Name, Tag("party")]
+    | Annotated[AllOf, Tag("all_of")]
+    | Annotated[AnyOf, Tag("any_of")]
+    | Annotated[AtLeast, Tag("at_least")],
+    Discriminator(
+        _form,
+        custom_error_type="rule",
+        custom_error_message="a rule is a party's name, all_of, any_of, or at_least with of",
+    ),
+]
 
 for _model in (AllOf, AnyOf, AtLeast):
     _model.model_rebuild()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from cenacle.documents.base import Digest, Document, Frozen, Name, Natural, Timestamp
+from cenacle.documents.base import Digest, Document, Frozen, JsonObject, Name, Natural, Timestamp
 from cenacle.documents.terms import Terms
 
 __all__ = ["Asset", "AssetType", "Container", "ContentKind"]
@@ -48,7 +48,7 @@ class Asset(Document):
     type: AssetType
     content: ContentKind
     container: Container
-    layout: dict[str, Any] = Field(default_factory=dict)
+    layout: JsonObject = Field(default_factory=dict)
     package: Digest | None = None
     broker: Digest
     terms: Terms

@@ -11,7 +11,9 @@ import base64
 import binascii
 import hashlib
 import json
+import math
 import re
+from collections import Counter
 from datetime import UTC, datetime
 from typing import Annotated, Any, ClassVar, Final, Self
 
@@ -35,6 +37,7 @@ __all__ = [
     "Digest",
     "Document",
     "Frozen",
+    "JsonObject",
     "Name",
     "Natural",
     "NonEmpty",
@@ -91,13 +94,13 @@ def _check_b64(text: str) -> str:
 
 Base64 = Annotated[str, AfterValidator(_check_b64), StringConstraints(max_length=1 << 20)]
 
-_TIME: Final = re.compile(r"^\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}Z$")
-_DATE: Final = re.compile(r"^\d{4}-\d{2}-\d{2}$")
+_TIME: Final = re.compile(r"\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}Z", re.ASCII)
+_DATE: Final = re.compile(r"\d{4}-\d{2}-\d{2}", re.ASCII)
 
 
 def parse_time(text: str) -> datetime:
     """An RFC 3339 UTC time with whole seconds, as an aware ``datetime``."""
-    if not _TIME.match(text):
+    if not _TIME.fullmatch(text):
         raise DocumentError(
             "a time has the wrong form", found=repr(text), expected="2027-01-31T12:00:00Z"
         )
@@ -109,11 +112,11 @@ def parse_time(text: str) -> datetime:
 
 def format_time(moment: datetime) -> str:
     """The inverse of :func:`parse_time`; fractions of a second are dropped."""
-    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return moment.astimezone(UTC).replace(microsecond=0, tzinfo=None).isoformat() + "Z"
 
 
 def _normalise_time(value: Any) -> Any:
-    if isinstance(value, str) and _DATE.match(value):
+    if isinstance(value, str) and _DATE.fullmatch(value):
         return value + "T23:59:59Z"  # a bare date means until its end, UTC
     return value
 
@@ -190,14 +193,16 @@ class Document(Frozen):
         return document
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.to_fields(), sort_keys=False, allow_unicode=True, width=100)
+        return yaml.dump(  # a SafeDumper, made stricter
+            self.to_fields(), Dumper=_StrictDumper, sort_keys=False, allow_unicode=True, width=100
+        )
 
 
 def canonical_json(value: Any) -> bytes:
     """RFC 8785 canonical JSON of plain values."""
     try:
         return rfc8785.dumps(value)
-    except (rfc8785.CanonicalizationError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # CanonicalizationError, UnicodeEncodeError
         raise DocumentError(f"a value has no canonical JSON form ({error})") from None
 
 
@@ -215,9 +220,9 @@ def _check_size(size: int) -> None:
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        raise DocumentError("a document names a field twice", found=", ".join(twice))
+        names = Counter(name for name, _ in pairs)
+        twice = sorted(name for name, times in names.items() if times > 1)
+        raise DocumentError("a document names a field twice", found=", ".join(twice[:8]))
     return fields
 
 
@@ -226,34 +231,50 @@ def _refuse_constant(name: str) -> Any:
 
 
 def parse_json(data: bytes | str) -> Any:
-    """Strict JSON: no duplicate keys, no NaN, bounded size and depth."""
+    """Strict JSON: UTF-8, no duplicate keys, no NaN or infinity, bounded size and depth."""
     _check_size(len(data))
     try:
-        value = json.loads(data, object_pairs_hook=_no_duplicates, parse_constant=_refuse_constant)
+        text = data if isinstance(data, str) else data.decode()  # json.loads would take UTF-16
+        value = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
         raise DocumentError("a document is not valid JSON", expected="JSON in UTF-8") from None
-    _check_depth(value, 0)
+    _check_value(value, 0)
     return value
 
 
-def _check_depth(value: Any, depth: int) -> None:
+def _check_value(value: Any, depth: int) -> None:
     if depth > _MAX_DEPTH:
         raise DocumentError("a document is nested too deeply", expected=f"<= {_MAX_DEPTH} levels")
-    if isinstance(value, dict):
-        for item in value.values():
-            _check_depth(item, depth + 1)
-    elif isinstance(value, list):
-        for item in value:
-            _check_depth(item, depth + 1)
+    match value:
+        case dict():
+            for name, item in value.items():
+                _check_value(name, depth)
+                _check_value(item, depth + 1)
+        case list():
+            for item in value:
+                _check_value(item, depth + 1)
+        case str():
+            if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
+                raise DocumentError(
+                    "a document holds text that is not Unicode", found="half of a surrogate pair"
+                )
+        case float():
+            if not math.isfinite(value):  # 1e999 is spelled like a number
+                _refuse_constant(str(value))
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML without its traps: no anchors, no duplicate keys, no ``yes``/``no``, no dates."""
+    """YAML without its traps: no anchors, tags or duplicate keys, only JSON's numbers."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
             raise DocumentError(
                 "a YAML document uses an alias", expected="plain values", remedy="write it out"
+            )
+        if event.tag is not None:
+            raise DocumentError(
+                "a YAML document uses a tag", found=event.tag, expected="plain values"
             )
         return super().compose_node(parent, index)
 
@@ -269,24 +290,41 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_KEPT_TAGS: Final = {f"tag:yaml.org,2002:{tag}" for tag in ("null", "int", "float")}
-_StrictLoader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in resolvers if tag in _KEPT_TAGS]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|false)$"), list("tf")
-)
-_StrictLoader.add_implicit_resolver(  # YAML 1.1 reads 1e-5 as text; people mean a number
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(?:\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+class _StrictDumper(yaml.SafeDumper):
+    """Quotes whatever text either YAML 1.1 or :class:`_StrictLoader` would not read as text."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    # Without double quotes PyYAML folds these line breaks into spaces.
+    style = '"' if re.search("[\x85\u2028\u2029]", text) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style)
+
+
+_StrictDumper.add_representer(str, _represent_text)
+
+# YAML 1.1 also reads yes and no as booleans, dates, 010 as 8, 1:30 as 90, and 1e-5 as text.
+_StrictLoader.yaml_implicit_resolvers = {}
+for _tag, _regexp, _first in (
+    ("null", r"(?:~|null|)\Z", ["~", "n", ""]),
+    ("bool", r"(?:true|false)\Z", ["t", "f"]),
+    ("int", r"[-+]?(?:0|[1-9][0-9]*)\Z", list("-+0123456789")),
+    (
+        "float",
+        r"[-+]?(?:0|[1-9][0-9]*)(?:\.[0-9]*(?:[eE][-+]?[0-9]+)?|[eE][-+]?[0-9]+)\Z",
+        list("-+0123456789"),
+    ),
+):
+    for _yaml in (_StrictLoader, _StrictDumper):
+        _yaml.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_regexp), _first)
 
 
 def parse_yaml(text: str | bytes) -> Any:
-    """YAML as plain values. Dates stay text, only ``true``/``false`` are booleans.
+    """YAML as plain values: what JSON has, and nothing else of what YAML 1.1 can say.
+
+    Dates, ``yes``, ``010`` and ``1:30`` stay text; only ``true`` and ``false`` are booleans.
 
     Raises:
-        DocumentError: with line and column, or for aliases, duplicate or non-text keys.
+        DocumentError: with line and column, or for aliases, tags, duplicate or non-text keys.
     """
     _check_size(len(text))
     try:
@@ -299,7 +337,7 @@ def parse_yaml(text: str | bytes) -> Any:
         ) from None
     except (yaml.YAMLError, ValueError, RecursionError):
         raise DocumentError("a document is not valid YAML", expected="YAML 1.1 in UTF-8") from None
-    _check_depth(value, 0)
+    _check_value(value, 0)
     return value
 
 
@@ -307,7 +345,10 @@ def _explain(cls: type[BaseModel], error: ValidationError) -> DocumentError:
     problems = []
     remedy = None
     for item in error.errors(include_url=False, include_context=False)[:8]:
-        path = ".".join(str(part) for part in item["loc"]) or "the document"
+        # A choice between forms adds its tag to the path, where it often repeats a field's name.
+        loc = item["loc"]
+        kept = [p for i, p in enumerate(loc) if i == 0 or p != loc[i - 1] or isinstance(p, int)]
+        path = ".".join(str(part) for part in kept) or "the document"
         if item["type"] == "extra_forbidden":
             problems.append(f"{path}: unknown field")
             remedy = f"known fields are {', '.join(sorted(cls.model_fields))}"
@@ -329,6 +370,25 @@ def short(digest: str) -> str:
     """The first 12 hexadecimal digits, for tables and messages."""
     return digest.removeprefix("sha256:")[:12]
 
+
+def _check_json(fields: dict[str, Any]) -> dict[str, Any]:
+    waiting: list[Any] = [fields]
+    while waiting:
+        match waiting.pop():
+            case dict() as value:
+                waiting += value.values()
+            case list() as value:
+                waiting += value
+            # Canonical JSON writes 1e16 as an integer, and has no exact integer that large.
+            case int() | float() as value if abs(value) >= 2**53 and (
+                isinstance(value, int) or abs(value) < 1e21
+            ):
+                raise ValueError(f"{value} is too large to be an exact number; write it as text")
+    return fields
+
+
+JsonObject = Annotated[dict[str, Any], AfterValidator(_check_json)]
+"""Free-form fields that have a canonical form."""
 
 NonEmpty = Annotated[str, StringConstraints(min_length=1, max_length=500)]
 PositiveInt = Annotated[int, Field(ge=1, le=2**53 - 1)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
@@ -11,6 +11,7 @@ from cenacle.documents.base import (
     Digest,
     Document,
     Frozen,
+    JsonObject,
     Name,
     Natural,
     NonEmpty,
@@ -33,9 +34,15 @@ __all__ = [
     "Veto",
 ]
 
+_IDENTIFIER = "[A-Za-z_][A-Za-z0-9_]*"
+_RECIPE_OUTPUTS = ("model", "metrics")
+
 Measurement = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_.-]{0,62}$")]
 EntryPoint = Annotated[
-    str, StringConstraints(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$", max_length=200)
+    str,
+    StringConstraints(
+        pattern=rf"^{_IDENTIFIER}(?:\.{_IDENTIFIER})*:{_IDENTIFIER}$", max_length=200
+    ),
 ]
 
 
@@ -64,7 +71,7 @@ class ProgramJob(Frozen):
     type: Literal["program"] = "program"
     program: Name
     entry: EntryPoint = "main:run"
-    parameters: dict[str, Any] = Field(default_factory=dict)
+    parameters: JsonObject = Field(default_factory=dict)
 
 
 Job = Annotated[RecipeJob | ProgramJob, Field(discriminator="type")]
@@ -91,6 +98,16 @@ class EnclaveRequirements(Frozen):
         Field(min_length=1),
     ]
     layers: tuple[Name, ...] = ()
+
+    @model_validator(mode="after")
+    def _program_follows_from_the_job(self) -> Self:
+        for kind, measurements in self.reference.items():
+            if "program" in measurements:
+                raise ValueError(
+                    f"the reference values of {kind} list program, but that one follows from "
+                    "the job: remove it"
+                )
+        return self
 
     @property
     def weakest(self) -> Protection:
@@ -174,6 +191,8 @@ class Contract(Document):
         for field, names in named.items():
             if unknown := sorted(names - set(self.parties)):
                 raise ValueError(f"{field} name {', '.join(unknown)}, not listed under parties")
+        if len(set(self.parties.values())) != len(self.parties):
+            raise ValueError("one party stands under two names")
         if len({ref.digest for ref in self.assets.values()}) != len(self.assets):
             raise ValueError("one asset stands under two aliases")
         wanted = (
@@ -183,6 +202,16 @@ class Contract(Document):
             raise ValueError(f"the job uses {', '.join(unknown)}, not listed under assets")
         if isinstance(self.job, RecipeJob) and (unused := sorted(set(self.assets) - wanted)):
             raise ValueError(f"the recipe does not use {', '.join(unused)}; remove from assets")
+        return self
+
+    @model_validator(mode="after")
+    def _recipe_makes_the_outputs(self) -> Self:
+        for output in self.outputs:
+            if isinstance(self.job, RecipeJob) and output.kind not in _RECIPE_OUTPUTS:
+                raise ValueError(
+                    f"output {output.name} is a {output.kind}, but a recipe makes only "
+                    f"{' and '.join(_RECIPE_OUTPUTS)}: change its kind, or run a program"
+                )
         return self
 
     def payment_to(self, payee: str, currency: str) -> int:

@@ -107,7 +107,11 @@ class Envelope:
             remedy="fetch the file again; do not edit signed files",
         )
         try:
-            if set(fields) != {"payload", "payloadType", "signatures"} or any(
+            if set(fields) != {"payload", "payloadType", "signatures"} or [
+                type(fields[name]) for name in ("payload", "payloadType", "signatures")
+            ] != [str, str, list]:
+                raise wrong
+            if any(
                 set(s) != {"keyid", "sig"} or not all(isinstance(v, str) for v in s.values())
                 for s in fields["signatures"]
             ):

@@ -172,7 +172,14 @@ def _job(alias: str, assets: Mapping[str, Asset], contract: Contract, subject: s
         )
     package = assets[job.program].package
     if alias == job.program:
-        return check(subject, "program", package is not None, assets[alias].type, "program")
+        return check(
+            subject,
+            "program",
+            package is not None,
+            f"a {assets[alias].type}",
+            "a program",
+            "name an asset that was sealed as a program as the job's program",
+        )
     return check(
         subject,
         "program",

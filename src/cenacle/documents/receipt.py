@@ -16,6 +16,7 @@ from cenacle.documents.base import (
     Digest,
     Document,
     Frozen,
+    JsonObject,
     Name,
     Natural,
     NonEmpty,
@@ -169,11 +170,11 @@ class ReceiptBundle(Document):
 
     kind: Literal["receipt"] = "receipt"
     version: Literal[1] = 1
-    statement: dict[str, Any]
+    statement: JsonObject
     binding: Binding
     settlement: LogInclusion
-    evidence: dict[str, Any]
-    contract: dict[str, Any]
-    parties: tuple[dict[str, Any], ...]
-    assets: dict[Name, dict[str, Any]]
-    broker: dict[str, Any]
+    evidence: JsonObject
+    contract: JsonObject
+    parties: tuple[JsonObject, ...]
+    assets: dict[Name, JsonObject]
+    broker: JsonObject
