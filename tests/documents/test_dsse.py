@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from securesystemslib.dsse import Envelope as SslibEnvelope
 from securesystemslib.exceptions import VerificationError
-from securesystemslib.signer import CryptoSigner, SSlibKey
+from securesystemslib.signer import CryptoSigner, Key, SSlibKey
 
 from cenacle.crypto import SigningKey, VerifyKey
 from cenacle.documents import Document, Envelope, Party, Terms, Veto
@@ -83,7 +83,7 @@ def test_the_fields_are_the_standard_ones(signed: Envelope, terms: Terms, signer
 # --- with securesystemslib -------------------------------------------------------------------
 
 
-def sslib_key(key: VerifyKey) -> SSlibKey:
+def sslib_key(key: VerifyKey) -> Key:
     return SSlibKey(key.keyid, "ed25519", "ed25519", {"public": key.raw.hex()})
 
 

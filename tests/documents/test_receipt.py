@@ -36,14 +36,17 @@ def test_is_an_in_toto_statement(statement: Statement) -> None:
 
 
 def test_passes_the_validator_of_in_toto(statement: Statement) -> None:
-    module = pytest.importorskip(
-        "in_toto_attestation.v1.statement", reason="in-toto-attestation is not installed"
-    )
-    from google.protobuf.json_format import ParseDict  # noqa: PLC0415
-
-    parsed = module.Statement([], "", None)
-    ParseDict(statement.to_fields(), parsed.pb)
-    parsed.validate()
+    reason = "in-toto-attestation is not installed"
+    module = pytest.importorskip("in_toto_attestation.v1.statement", reason=reason)
+    descriptor = pytest.importorskip("in_toto_attestation.v1.resource_descriptor", reason=reason)
+    fields = statement.to_fields()
+    subjects = [
+        descriptor.ResourceDescriptor(name=subject["name"], digest=subject["digest"]).pb
+        for subject in fields["subject"]
+    ]
+    theirs = module.Statement(subjects, fields["predicateType"], fields["predicate"])
+    theirs.validate()
+    assert theirs.pb.type == fields["_type"]
 
 
 def test_names_are_those_of_in_toto_alone(statement: Statement) -> None:

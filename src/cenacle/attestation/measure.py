@@ -111,6 +111,16 @@ def measure_interpreter() -> Digest:
     )
 
 
+def _import_folders() -> Iterator[Path]:
+    # A source tree's folder is searched first of all, so what lies beside the package counts.
+    for name in [*os.environ.get("PYTHONPATH", "").split(os.pathsep), *site.getsitepackages()]:
+        try:
+            os.scandir(name or os.devnull).close()
+        except OSError:
+            continue  # Python finds nothing in a folder that it cannot list
+        yield Path(name)
+
+
 def measure_dependencies(roots: Iterable[Path] | None = None) -> Digest:
     """Every file in the folders where Python finds installed packages, used or not.
 
@@ -121,14 +131,9 @@ def measure_dependencies(roots: Iterable[Path] | None = None) -> Digest:
     Raises:
         UnavailableError: something in them cannot be read.
     """
-    folders = (
-        roots
-        if roots is not None
-        else [Path(folder) for folder in site.getsitepackages() if Path(folder).is_dir()]
-    )
     return _digest(
         (f"{index}/{name}", path)
-        for index, root in enumerate(folders)
+        for index, root in enumerate(_import_folders() if roots is None else roots)
         for name, path in _walk(root, _CACHE)
         if not name.endswith(_NOT_CODE) and not name.startswith("cenacle/")
     )

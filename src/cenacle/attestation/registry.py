@@ -116,7 +116,7 @@ class VerifierSet:
                 raise EvidenceError(
                     "a production broker cannot hold a simulated verifier",
                     found=verifier.kind,
-                    remedy="use VerifierSet.development() for tests and demonstrations",
+                    remedy="use VerifierSet.of_development() for tests and demonstrations",
                 )
         listed = MappingProxyType({verifier.kind: verifier for verifier in verifiers})
         object.__setattr__(self, "_verifiers", listed)

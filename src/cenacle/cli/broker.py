@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -60,9 +62,9 @@ def start(
     from cenacle.broker.tls import ensure_certificate, given_certificate
 
     with errors_in_words(json_):
-        keys = BrokerKeys.open(folder, name)
         if (certificate is None) != (key is None):
             raise typer.BadParameter("--certificate and --key go together")
+        keys = BrokerKeys.open(folder, name)
         names = tuple(public_name or ()) + (() if host in {"0.0.0.0", "::"} else (host,))  # noqa: S104
         files = (
             given_certificate(certificate, key)
@@ -87,12 +89,15 @@ def start(
                 "owner_token": token,
                 "evidence": list(broker.verifiers.kinds),
             }
-            if json_:
-                sys.stdout.write(json.dumps(fields) + "\n")
-                sys.stdout.flush()
-            else:
-                _announce(identity, path, token, broker.verifiers.kinds)
-            serve(broker, listener, files)
+            # The server finishes its requests, then gives the signal back to us.
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+            with contextlib.suppress(KeyboardInterrupt):
+                if json_:
+                    sys.stdout.write(json.dumps(fields) + "\n")
+                    sys.stdout.flush()
+                else:
+                    _announce(identity, path, token, broker.verifiers.kinds)
+                serve(broker, listener, files)
 
 
 def _announce(
@@ -103,7 +108,10 @@ def _announce(
     line(f"identity {path}  (parties pin this file)")
     line(f"evidence {', '.join(kinds) or 'none: no verifier is registered'}")
     if "simulated" in kinds:
-        console.print("[yellow]warning[/]  simulated evidence protects from nobody with root")
+        console.print(
+            "[yellow]warning[/]  simulated evidence protects from nobody with root",
+            soft_wrap=True,
+        )
     if token is not None:
         line(f"owner's one-time token: {token}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,15 +26,25 @@ from cenacle.documents.asset import Asset
 from cenacle.documents.base import Digest, Frozen, Name, parse_yaml, short
 from cenacle.documents.contract import Contract, RecipeJob
 from cenacle.documents.dsse import Envelope
+from cenacle.documents.party import Party
 from cenacle.errors import InputError
 
-__all__ = ["contracts", "draft", "propose", "review", "sign", "veto"]
+__all__ = [
+    "Draft",
+    "contract_in_words",
+    "contracts",
+    "draft",
+    "propose",
+    "review",
+    "sign",
+    "veto",
+]
 
 
 class Draft(Frozen):
     """What a person writes; `cenacle draft` fills in the digests.
 
-    ``parties`` are names at the broker, ``assets`` are manifest files by alias (or digests),
+    ``parties`` are names at the broker, ``assets`` are manifest files by alias,
     ``enclave`` says ``this-machine`` (measured now) or gives reference values in full. All
     other fields are the contract's own.
     """
@@ -53,7 +64,7 @@ class Draft(Frozen):
     expires: str
 
 
-def _asset_ref(alias: str, where: str, base: Path) -> dict[str, str]:
+def _asset_ref(alias: str, where: str, base: Path, owners: Mapping[str, Party]) -> dict[str, str]:
     path = Path(where) if Path(where).is_absolute() else base / where
     if not path.is_file():
         raise InputError(
@@ -61,7 +72,17 @@ def _asset_ref(alias: str, where: str, base: Path) -> dict[str, str]:
             found=str(path),
             expected="the .asset.json file that `cenacle seal` wrote",
         )
-    asset = Envelope.from_json(path.read_bytes()).peek(Asset)
+    envelope = Envelope.from_json(path.read_bytes())
+    asset = envelope.peek(Asset)
+    owner = owners.get(asset.owner)
+    if owner is None:
+        raise InputError(
+            f"the owner of asset {alias} is not among the job's parties",
+            found=asset.owner,
+            expected=", ".join(owners),
+            remedy=f"list {asset.owner} under parties",
+        )
+    envelope.verify_signature(owner.verify_key)
     return {"digest": asset.digest, "owner": asset.owner}
 
 
@@ -79,7 +100,7 @@ def draft(
         home = Home.default()
         wanted = Draft.from_fields(parse_yaml(job.read_bytes()))
         with home.client(broker) as client:
-            parties = {name: client.party(name).digest for name in wanted.parties}
+            parties = {name: client.party(name) for name in wanted.parties}
             identity = client.identity
         enclave: Any = wanted.enclave
         if isinstance(enclave, str):
@@ -94,8 +115,10 @@ def draft(
             "name": wanted.name,
             "purpose": wanted.purpose,
             "broker": identity.digest,
-            "parties": parties,
-            "assets": {a: _asset_ref(a, where, job.parent) for a, where in wanted.assets.items()},
+            "parties": {name: party.digest for name, party in parties.items()},
+            "assets": {
+                a: _asset_ref(a, where, job.parent, parties) for a, where in wanted.assets.items()
+            },
             "job": wanted.job,
             "enclave": enclave,
             "outputs": list(wanted.outputs),

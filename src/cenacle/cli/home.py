@@ -11,9 +11,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,6 +48,25 @@ def write_file(path: Path, data: bytes, mode: int = 0o644) -> None:
         file.commit()
 
 
+def _rename_new(made: Path, folder: Path) -> None:
+    """Give a folder its name, unless something has that name already."""
+    taken = folder.exists()
+    if not taken:
+        try:
+            made.rename(folder)
+        except OSError as error:
+            if error.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
+                raise
+            taken = True  # somebody else was first
+    if taken:
+        raise ConflictError(
+            "a party of this name exists here already",
+            found=str(folder),
+            expected="a new name",
+            remedy="show it with `cenacle party show`, or choose another name",
+        )
+
+
 @dataclass(frozen=True)
 class PartyKeys:
     """A party of this user's: its document and both private keys."""
@@ -68,6 +90,8 @@ class Home:
     def _private(self, *parts: str) -> Path:
         folder = self.folder.joinpath(*parts)
         with disk_errors(f"make the folder {folder}"):
+            # Apart: the mode does not apply to parents that are made on the way.
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         return folder
 
@@ -84,20 +108,18 @@ class Home:
                 "created": format_time(datetime.now(UTC)),
             }
         )
-        folder = self._private("parties") / name
-        try:
-            folder.mkdir(mode=0o700)
-        except FileExistsError:
-            raise ConflictError(
-                "a party of this name exists here already",
-                found=str(folder),
-                expected="a new name",
-                remedy="show it with `cenacle party show`, or choose another name",
-            ) from None
-        with signing.seed().view() as first, hpke.seed().view() as second:
-            write_file(folder / "keys", bytes(first) + bytes(second), 0o600)
+        parties = self._private("parties")
+        folder = parties / name
         envelope = Envelope.sign(party, signing)
-        write_file(folder / "party.json", envelope.to_json().encode())
+        # Made under a hidden name first: a folder of a party is whole or not there.
+        made = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=parties))
+        try:
+            with signing.seed().view() as first, hpke.seed().view() as second:
+                write_file(made / "keys", bytes(first) + bytes(second), 0o600)
+            write_file(made / "party.json", envelope.to_json().encode())
+            _rename_new(made, folder)
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
         return PartyKeys(party, envelope, signing, hpke)
 
     def party(self, name: str) -> PartyKeys:
@@ -123,7 +145,9 @@ class Home:
                     remedy=f"run: chmod 600 {keys}",
                 )
             data = bytearray(keys.read_bytes())
-            envelope = Envelope.from_json((folder / "party.json").read_bytes())
+        document = folder / "party.json"
+        with disk_errors(f"read {document}"):
+            envelope = Envelope.from_json(document.read_bytes())
         if len(data) != sum(_SEEDS):
             raise InputError(
                 "a party's key file is damaged",
@@ -135,11 +159,20 @@ class Home:
         hpke = HpkePrivateKey(SecretBytes(data[_SEEDS[0] :]))
         data[:] = bytes(len(data))
         party = envelope.open(Party, signing.verify_key)
+        if party.hpke_public_key.raw != hpke.public_key.raw:
+            raise InputError(
+                "a party's key file is damaged",
+                found=f"another encryption key in {keys}",
+                expected=f"the one that {document} states",
+                remedy="restore it from a backup",
+            )
         return PartyKeys(party, envelope, signing, hpke)
 
     def parties(self) -> list[str]:
         folder = self.folder / "parties"
-        return sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+        if not folder.is_dir():
+            return []
+        return sorted(p.name for p in folder.iterdir() if _ALIAS.match(p.name))
 
     # ------------------------------------------------------------------ brokers
 

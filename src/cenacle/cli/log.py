@@ -17,6 +17,8 @@ from cenacle.errors import ProofError
 
 __all__ = ["log"]
 
+_KEEP = "keep the last head (in the folder heads of your home) as proof, and ask the broker's owner"
+
 
 def log(
     limit: Annotated[int, typer.Option(help="Show the newest so many entries.")] = 30,
@@ -32,6 +34,14 @@ def log(
         home = Home.default()
         with home.client(broker) as client:
             before = home.last_head(client.identity)
+            _, now = client.head()
+            if before is not None and now.size < before.size:
+                raise ProofError(
+                    "the broker's log is shorter than when you last looked",
+                    found=f"{now.size} entries",
+                    expected=f"{before.size} or more",
+                    remedy=_KEEP,
+                )
             text, head = client.head(before)
             bodies = client.entries(head.size)
         tree = merkle.Frontier()
@@ -42,7 +52,7 @@ def log(
                 "the log's entries do not give its signed root",
                 found=tree.root().hex(),
                 expected=head.root.hex(),
-                remedy="keep the head as proof and ask the broker's owner",
+                remedy=_KEEP,
             )
         home.remember_head(client.identity, text)
         entries = [json.loads(body) for body in bodies]

@@ -53,9 +53,23 @@ Exit codes: 0 done; 1 unexpected failure; 2 unusable input; 3 verification faile
 the rules; 5 conflict, somebody was first; 6 broker, disk or service unavailable; 7 the job
 failed inside the enclave; 130 interrupted."""
 
+
+def _drop_output() -> None:
+    """Nobody reads the output any more; Python would complain of that once more at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class _Console(Console):
+    """Ends quietly when the reader of a pipe, such as ``head``, has seen enough."""
+
+    def on_broken_pipe(self) -> None:
+        _drop_output()
+        raise SystemExit(0)
+
+
 # Emoji codes would turn a colon in somebody's text into a picture.
-console = Console(highlight=False, emoji=False)
-_errors = Console(stderr=True, highlight=False, emoji=False)
+console = _Console(highlight=False, emoji=False)
+_errors = _Console(stderr=True, highlight=False, emoji=False)
 
 _MARKS = {"met": "[green]met[/]", "failed": "[red]FAILED[/]", "pending": "[yellow]pending[/]"}
 
@@ -134,8 +148,7 @@ def errors_in_words(as_json: bool) -> Iterator[None]:
             report_error(CenacleError("interrupted"), as_json)
         raise typer.Exit(130) from None
     except BrokenPipeError:
-        # Nobody reads any more; Python would complain of that once more at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         raise typer.Exit(0) from None
     except OSError as error:
         wrapped = InputError(

@@ -21,7 +21,7 @@ from cenacle.errors import CenacleError, ConflictError, EnclaveError, InputError
 if TYPE_CHECKING:
     from cenacle.enclave.launcher import RunningEnclave
 
-__all__ = ["abandon", "run"]
+__all__ = ["abandon", "find_sealed", "run"]
 
 _WORDS = {
     "starting": "starting",

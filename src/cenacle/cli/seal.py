@@ -16,6 +16,7 @@ from cenacle.documents.asset import Asset
 from cenacle.documents.base import format_time
 from cenacle.documents.dsse import Envelope
 from cenacle.documents.terms import Terms
+from cenacle.errors import ConflictError
 
 __all__ = ["manifest_path", "seal"]
 
@@ -23,6 +24,17 @@ __all__ = ["manifest_path", "seal"]
 def manifest_path(sealed: Path) -> Path:
     """Where the signed manifest of a sealed file lies: beside it."""
     return sealed.with_name(sealed.name + ".asset.json")
+
+
+def _require_new(target: Path) -> None:
+    """A sealed file that was handed in cannot be made again: contracts name its very bytes."""
+    if manifest_path(target).exists():
+        raise ConflictError(
+            "an asset is sealed under this name already",
+            found=str(manifest_path(target)),
+            expected="a name without a manifest",
+            remedy="choose another --out, or remove both files if no contract uses that asset",
+        )
 
 
 def seal(
@@ -47,6 +59,14 @@ def seal(
     allow_missing: Annotated[
         bool, typer.Option("--allow-missing", help="Accept empty cells and NaN in a table.")
     ] = False,
+    opaque: Annotated[
+        bool,
+        typer.Option(
+            "--opaque",
+            help="Seal the bytes as a file: the public manifest then shows no columns, shapes or "
+            "number of rows, and only programs can use it.",
+        ),
+    ] = False,
     broker: BrokerOption = "default",
     json_: JsonOption = False,
 ) -> None:
@@ -61,6 +81,7 @@ def seal(
         keys = home.party(as_)
         stated = Terms.from_yaml(terms.read_bytes())
         target = out or source.with_name(source.name + ".sealed")
+        _require_new(target)
         kind = "program" if source.is_dir() else (type_ or "dataset")
         with home.client(broker) as client, SecretBytes.random(32) as key:
             client.check_identity()

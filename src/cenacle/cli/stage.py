@@ -16,7 +16,12 @@ from rich.markup import escape
 
 from cenacle.errors import CenacleError, UnavailableError
 
-__all__ = ["Actor", "BackgroundBroker", "Stage"]
+__all__ = [
+    "Actor",
+    "BackgroundBroker",
+    "Stage",
+    "check_ended",
+]
 
 _START_SECONDS = 30
 _AT_ONCE = max(2, min(4, os.cpu_count() or 1))

@@ -35,7 +35,7 @@ class Asset(Document):
     """The manifest, signed by the owner. Its digest names the asset and its terms together.
 
     ``layout`` is public: column names and types with the number of rows, or tensor names,
-    dtypes and shapes. An owner who must hide those seals a ``file``.
+    dtypes and shapes. An owner who must hide those seals a ``file`` (``cenacle seal --opaque``).
     """
 
     media_type = "application/vnd.cenacle.asset+json"

@@ -19,7 +19,13 @@ from cenacle.sealing.info import SealedInfo
 from cenacle.sealing.reader import SealedReader
 from cenacle.sealing.writer import SealedWriter
 
-__all__ = ["TableReader", "TableWriter", "check_columns", "table_schema"]
+__all__ = [
+    "TableReader",
+    "TableWriter",
+    "check_columns",
+    "check_types",
+    "table_schema",
+]
 
 _ROWS_KEY: Final = b"cenacle.rows_per_batch"
 _BATCH_BYTES: Final = 1 << 20  # a row range costs no more than this and two chunks
