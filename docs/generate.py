@@ -113,7 +113,7 @@ def _plain(value: Any, *, named: bool = False) -> Any:
         return [_plain(item) for item in value]
     if not isinstance(value, dict):
         return value
-    kept = {}
+    kept: dict[str, Any] = {}
     for key, item in value.items():
         if not named and key == "title" and isinstance(item, str):
             continue

@@ -6,13 +6,17 @@ larger than a document can be, and nothing that a client sends is ever logged.
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from typing import Any, Final
 
 from fastapi import FastAPI, Request, Response
-from fastapi.concurrency import run_in_threadpool
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.exceptions import HTTPException
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 import cenacle
 from cenacle.broker.messages import (
@@ -46,78 +50,143 @@ _STATUS: Final[tuple[tuple[type[CenacleError], int], ...]] = (
 )
 _MAX_BODY: Final = 2 * MAX_DOCUMENT_BYTES
 _MAX_ENTRIES: Final = 1000
+_THREADS: Final = 16
+_SMALL: Final = 64 * 1024
 
 
-def _failure(error: CenacleError) -> Response:
-    status = next((code for kind, code in _STATUS if isinstance(error, kind)), 500)
-    return _json(error.to_dict(), status)
+_Call = Callable[..., Any]
+_Async = Callable[..., Awaitable[Any]]
+_Add = Callable[[str, _Call], None]
 
 
-def _json(fields: Any, status: int = 200) -> Response:
-    return Response(json.dumps(fields), status, media_type="application/json")
+def _failure(error: Exception) -> tuple[int, Any]:
+    """What goes wrong unforeseen is told by its class alone, and never raised on:
+
+    a message may hold what a client sent, and nothing that a client sends is ever logged.
+    """
+    if isinstance(error, UnicodeError | RecursionError):
+        error = DocumentError("a request is not Unicode text of bounded depth")
+    if not isinstance(error, CenacleError):
+        error = CenacleError(f"the broker failed ({type(error).__name__})")
+    return next((code for kind, code in _STATUS if isinstance(error, kind)), 500), error.to_dict()
 
 
-class _BoundedBody:
-    """Refuses a body over the limit as it arrives, whatever its headers claim."""
+async def _respond(send: Send, status: int, fields: Any) -> None:
+    body = json.dumps(fields).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+
+async def _body(receive: Receive) -> bytes:
+    """The request's body, refused as soon as it is over the limit, whatever its headers claim."""
+    parts, seen, more = [], 0, True
+    while more:
+        message = await receive()
+        if message["type"] != "http.request":
+            raise DocumentError("a request was cut off", found=f"{seen} bytes")
+        part = message.get("body", b"")
+        more = message.get("more_body", False)
+        seen += len(part)
+        parts.append(part)
+        if seen > _MAX_BODY:
+            raise DocumentError(
+                "a request is too large", found=f"> {_MAX_BODY} bytes", expected="less"
+            )
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+class _Endpoint:
+    """One route as a bare ASGI application around a coroutine."""
+
+    def __init__(self, call: _Async, *, reads: bool) -> None:
+        self._call = call
+        self._reads = reads
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        seen = 0
+        status = 200
+        try:
+            sent = (await _body(receive),) if self._reads else ()
+            fields = await self._call(*sent, **scope["path_params"])
+        except Exception as error:
+            status, fields = _failure(error)
+        await _respond(send, status, fields)
 
-        async def bounded() -> Message:
-            nonlocal seen
-            message = await receive()
-            seen += len(message.get("body", b""))
-            if seen > _MAX_BODY:
-                raise DocumentError(
-                    "a request is too large", found=f"> {_MAX_BODY} bytes", expected="less"
-                )
-            return message
 
-        await self._app(scope, bounded, send)
+async def _no_such_address(_: Request, error: Exception) -> Response:
+    status, fields = _failure(
+        InputError(
+            "the broker has no such address",
+            expected="a path and method of this version's protocol",
+            remedy="use the same version of cenacle as the broker",
+        )
+    )
+    status = getattr(error, "status_code", status)
+    return Response(json.dumps(fields), status, media_type="application/json")
 
 
 def create_app(broker: Broker) -> FastAPI:
     """The ASGI application of one broker."""
-    app = FastAPI(title="Cenacle broker", version=cenacle.__version__, openapi_url=None)
-    app.add_middleware(_BoundedBody)
+    pool = ThreadPoolExecutor(_THREADS, "broker-request")
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        yield
+        pool.shutdown()
+
+    app = FastAPI(
+        title="Cenacle broker", version=cenacle.__version__, openapi_url=None, lifespan=lifespan
+    )
+    app.router.redirect_slashes = False
+    app.add_exception_handler(HTTPException, _no_such_address)
     desk = ReleaseDesk(broker)
 
-    @app.exception_handler(CenacleError)
-    async def refused(_: Request, error: CenacleError) -> Response:
-        return _failure(error)
+    def route(path: str, method: str, call: _Async) -> None:
+        endpoint = _Endpoint(call, reads=method == "POST")
+        app.router.routes.append(Route(path, endpoint, methods=[method]))
 
-    @app.exception_handler(Exception)
-    async def broken(_: Request, error: Exception) -> Response:
-        # The class only: a message may hold what a client sent.
-        return _failure(CenacleError(f"the broker failed ({type(error).__name__})"))
+    async def threaded(call: Callable[[], Any]) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(pool, call)
 
-    def get(path: str, call: Callable[..., Any]) -> None:
-        async def endpoint(request: Request) -> Response:
-            return _json(await run_in_threadpool(call, **request.path_params))
+    def get(path: str, call: _Call) -> None:
+        async def handle(**parameters: str) -> Any:
+            return await threaded(lambda: call(**parameters))
 
-        app.add_route(path, endpoint, methods=["GET"])
+        route(path, "GET", handle)
 
-    def post(path: str, call: Callable[..., Any]) -> None:
-        async def endpoint(request: Request) -> Response:
-            body = await request.body()
+    def post(path: str, call: _Call) -> None:
+        async def handle(body: bytes, **parameters: str) -> Any:
+            return await threaded(lambda: call(parse_json(body), **parameters))
 
-            def handle() -> Any:
-                return call(parse_json(body), **request.path_params)
+        route(path, "POST", handle)
 
-            return _json(await run_in_threadpool(handle))
+    async def release(body: bytes) -> Any:
+        if len(body) > _SMALL:
+            return await threaded(lambda: desk.release(_release_request(body)).to_fields())
+        asked = desk.appraise(_release_request(body))
+        if asked.claims is None:
+            await threaded(lambda: desk.refuse(asked))
+        done = await asyncio.wrap_future(broker.store.submit(lambda tx: desk.commit(tx, asked)))
+        return desk.seal(asked, done).to_fields()
 
-        app.add_route(path, endpoint, methods=["POST"])
+    async def nonce(contract: str) -> Any:
+        issued = (
+            desk.nonce(contract)
+            if desk.knows(contract)
+            else await threaded(lambda: desk.nonce(contract))
+        )
+        return {"nonce": b64(issued)}
 
+    route("/v1/contracts/{contract}/nonce", "GET", nonce)
+    route("/v1/releases", "POST", release)
     _party_routes(broker, get, post)
     _enclave_routes(desk, get, post)
     _log_routes(broker, get)
     return app
 
 
-Route = Callable[[str, Callable[..., Any]], None]
+def _release_request(body: bytes) -> ReleaseRequest:
+    return ReleaseRequest.from_fields(parse_json(body))
 
 
 def _identity(broker: Broker) -> Callable[[], Any]:
@@ -127,7 +196,7 @@ def _identity(broker: Broker) -> Callable[[], Any]:
     return identity
 
 
-def _party_routes(broker: Broker, get: Route, post: Route) -> None:
+def _party_routes(broker: Broker, get: _Add, post: _Add) -> None:
     get("/v1/identity", _identity(broker))
     get("/v1/parties/{name}", lambda name: broker.party(name).to_fields())
     get("/v1/contracts/{digest}", lambda digest: broker.contract(digest).to_fields())
@@ -161,7 +230,7 @@ def _party_routes(broker: Broker, get: Route, post: Route) -> None:
     )
 
 
-def _enclave_routes(desk: ReleaseDesk, get: Route, post: Route) -> None:
+def _enclave_routes(desk: ReleaseDesk, get: _Add, post: _Add) -> None:
     def open_run(contract: str) -> dict[str, Any]:
         run = desk.open_run(contract)
         return {"run": None if run is None else run.id}
@@ -174,9 +243,7 @@ def _enclave_routes(desk: ReleaseDesk, get: Route, post: Route) -> None:
         desk.abandon(Envelope.from_fields(body))
         return {}
 
-    get("/v1/contracts/{contract}/nonce", lambda contract: {"nonce": b64(desk.nonce(contract))})
     get("/v1/contracts/{contract}/open-run", open_run)
-    post("/v1/releases", lambda body: desk.release(ReleaseRequest.from_fields(body)).to_fields())
     post("/v1/checkpoints", checkpoint)
     post("/v1/settlements", lambda body: desk.settle(Envelope.from_fields(body)).to_fields())
     post("/v1/abandonments", abandon)
@@ -188,7 +255,7 @@ def _number(text: str, what: str) -> int:
     return int(text)
 
 
-def _log_routes(broker: Broker, get: Route) -> None:
+def _log_routes(broker: Broker, get: _Add) -> None:
     def head() -> dict[str, Any]:
         with broker.store.read() as tx:
             return {"head": broker.log.signed_head(tx)}

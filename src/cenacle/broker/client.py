@@ -10,6 +10,7 @@ import secrets
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
+from urllib.parse import quote
 
 import httpx
 
@@ -97,7 +98,7 @@ class BrokerClient:
                 expected="a broker that shows the pinned certificate",
                 remedy="start it with `cenacle broker start`, or check the address",
             ) from None
-        except ValueError:
+        except (ValueError, RecursionError):
             raise UnavailableError(
                 "the broker's answer is not JSON", found=f"HTTP {response.status_code}"
             ) from None
@@ -105,15 +106,15 @@ class BrokerClient:
             raise CenacleError.from_dict(fields if isinstance(fields, dict) else {})
         return fields
 
-    def _get(self, path: str) -> Any:
-        return self._call("GET", path)
+    def _get(self, *path: str) -> Any:
+        return self._call("GET", "/v1/" + "/".join(quote(part, safe="") for part in path))
 
-    def _post(self, path: str, body: Any) -> Any:
-        return self._call("POST", path, body)
+    def _post(self, body: Any, *path: str) -> Any:
+        return self._call("POST", "/v1/" + "/".join(quote(part, safe="") for part in path), body)
 
     def check_identity(self) -> None:
         """Ask the broker who it is and compare its keys with the pinned ones."""
-        found = BrokerIdentity.from_fields(self._get("/v1/identity"))
+        found = BrokerIdentity.from_fields(self._get("identity"))
         if found.digest != self.identity.digest:
             raise ProofError(
                 "the broker has other keys than pinned",
@@ -127,11 +128,11 @@ class BrokerClient:
     def register(self, party: Envelope, token: str) -> str:
         """Register with a one-time token; returns the party document's digest."""
         sent = Registration(party=party.to_fields(), token=token)
-        return str(self._post("/v1/parties", sent.to_fields())["digest"])
+        return _text(self._post(sent.to_fields(), "parties"), "digest")
 
     def party(self, name: str) -> Party:
         """A registered party's document; its own signature is checked."""
-        envelope = Envelope.from_fields(self._get(f"/v1/parties/{name}"))
+        envelope = Envelope.from_fields(self._get("parties", name))
         return envelope.open(Party, envelope.peek(Party).verify_key)
 
     def _request(self, key: SigningKey, party: str, action: Any, subject: str = "") -> Any:
@@ -148,13 +149,13 @@ class BrokerClient:
     def invite(self, key: SigningKey, party: str) -> Invitation:
         """A token for one more party; for the broker's owner."""
         body = self._request(key, party, "invite")
-        return Invitation.from_fields(self._post("/v1/invitations", body))
+        return Invitation.from_fields(self._post(body, "invitations"))
 
     def contracts_of(self, key: SigningKey, party: str) -> list[tuple[str, str]]:
         """Digest and name of each contract that ``party`` is in."""
         body = self._request(key, party, "list-contracts")
-        found = self._post("/v1/contracts/of-party", body)
-        return [(str(item["digest"]), str(item["name"])) for item in found]
+        found = self._post(body, "contracts", "of-party")
+        return [(_text(item, "digest"), _text(item, "name")) for item in _list(found)]
 
     # ------------------------------------------------------------------ assets and contracts
 
@@ -168,15 +169,15 @@ class BrokerClient:
         upload = AssetUpload(
             manifest=manifest.to_fields(), deposit=Envelope.sign(deposit, signer).to_fields()
         )
-        return str(self._post("/v1/assets", upload.to_fields())["digest"])
+        return _text(self._post(upload.to_fields(), "assets"), "digest")
 
     def propose(self, contract: Contract, proposer: SigningKey) -> str:
         """Propose a contract; returns its digest. Proposing is not yet signing."""
         body = Envelope.sign(contract, proposer).to_fields()
-        return str(self._post("/v1/contracts", body)["digest"])
+        return _text(self._post(body, "contracts"), "digest")
 
     def contract_view(self, digest: str) -> ContractView:
-        return ContractView.from_fields(self._get(f"/v1/contracts/{digest}"))
+        return ContractView.from_fields(self._get("contracts", digest))
 
     def contract(self, digest: str) -> OpenedContract:
         """A contract with all it names, every signature and digest checked here."""
@@ -184,7 +185,7 @@ class BrokerClient:
         return open_contract(digest, view.contract, view.parties, view.assets)
 
     def review(self, digest: str) -> ReviewView:
-        return ReviewView.from_fields(self._get(f"/v1/contracts/{digest}/review"))
+        return ReviewView.from_fields(self._get("contracts", digest, "review"))
 
     def sign(self, digest: str, key: SigningKey) -> str:
         """Sign a contract that was checked to be the one with this digest."""
@@ -193,39 +194,39 @@ class BrokerClient:
         envelope = Envelope.from_fields(view.contract).signed_by(key)
         keyid = key.verify_key.keyid
         upload = SignatureUpload(keyid=keyid, signature=b64(envelope.signatures[keyid]))
-        return str(self._post(f"/v1/contracts/{digest}/signatures", upload.to_fields())["party"])
+        return _text(self._post(upload.to_fields(), "contracts", digest, "signatures"), "party")
 
     def veto(self, digest: str, party: str, reason: str, key: SigningKey) -> None:
         veto = Veto(contract=digest, party=party, reason=reason)
-        self._post("/v1/vetoes", Envelope.sign(veto, key).to_fields())
+        self._post(Envelope.sign(veto, key).to_fields(), "vetoes")
 
     # ------------------------------------------------------------------ enclaves
 
     def nonce(self, contract: str) -> bytes:
-        return unb64(str(self._get(f"/v1/contracts/{contract}/nonce")["nonce"]))
+        return unb64(_text(self._get("contracts", contract, "nonce"), "nonce"))
 
     def release(self, request: ReleaseRequest) -> ReleaseResponse:
         """Ask for the keys; the answer's log inclusion is checked before it is returned."""
-        answer = ReleaseResponse.from_fields(self._post("/v1/releases", request.to_fields()))
+        answer = ReleaseResponse.from_fields(self._post(request.to_fields(), "releases"))
         verify_inclusion(answer.log, self.identity)
         return answer
 
     def checkpoint(self, record: CheckpointRecord, key: SigningKey) -> None:
-        self._post("/v1/checkpoints", Envelope.sign(record, key).to_fields())
+        self._post(Envelope.sign(record, key).to_fields(), "checkpoints")
 
     def settle(self, settlement: Envelope) -> LogInclusion:
         """Close a run; ``settlement`` is signed by the run's enclave. Safe to repeat."""
         settlement.peek(Settlement)
-        answer = LogInclusion.from_fields(self._post("/v1/settlements", settlement.to_fields()))
+        answer = LogInclusion.from_fields(self._post(settlement.to_fields(), "settlements"))
         verify_inclusion(answer, self.identity)
         return answer
 
     def open_run(self, contract: str) -> str | None:
-        found = self._get(f"/v1/contracts/{contract}/open-run")["run"]
-        return None if found is None else str(found)
+        answer = self._get("contracts", contract, "open-run")
+        return None if answer == {"run": None} else _text(answer, "run")
 
     def abandon(self, run: str, key: SigningKey, party: str) -> None:
-        self._post("/v1/abandonments", self._request(key, party, "abandon", run))
+        self._post(self._request(key, party, "abandon", run), "abandonments")
 
     # ------------------------------------------------------------------ the log
 
@@ -237,27 +238,56 @@ class BrokerClient:
         """
         origin, key = self.identity.origin, self.identity.verify_key
         if earlier is None or earlier.size == 0:
-            text = str(self._get("/v1/log/head")["head"])
+            text = _text(self._get("log", "head"), "head")
             return text, parse_and_verify_head(text, origin, key)
-        answer = self._get(f"/v1/log/consistency/{earlier.size}")
-        text = str(answer["head"])
+        answer = self._get("log", "consistency", str(earlier.size))
+        text = _text(answer, "head")
         newest = parse_and_verify_head(text, origin, key)
-        verify_consistency(earlier, newest, tuple(unb64(str(s)) for s in answer["path"]))
+        verify_consistency(earlier, newest, _octets(answer, "path"))
         return text, newest
 
     def entries(self, size: int) -> list[bytes]:
         """The bodies of the first ``size`` entries."""
         found: list[bytes] = []
         while len(found) < size:
-            page = self._get(f"/v1/log/entries/{len(found)}")["entries"]
+            page = _octets(self._get("log", "entries", str(len(found))), "entries")
             if not page:
                 raise ProofError(
                     "the broker withholds log entries", found=len(found), expected=size
                 )
-            found += [unb64(str(body)) for body in page]
+            found += page
         return found[:size]
 
     def inclusion(self, index: int) -> LogInclusion:
-        answer = LogInclusion.from_fields(self._get(f"/v1/log/inclusion/{index}"))
+        answer = LogInclusion.from_fields(self._get("log", "inclusion", str(index)))
         verify_inclusion(answer, self.identity)
         return answer
+
+
+def _wrong_form(answer: Any, expected: str) -> ProofError:
+    return ProofError(
+        "the broker's answer has another form than expected",
+        found=type(answer).__name__,
+        expected=expected,
+        remedy="use the same version of cenacle as the broker",
+    )
+
+
+def _list(answer: Any) -> list[Any]:
+    if not isinstance(answer, list):
+        raise _wrong_form(answer, "a list")
+    return answer
+
+
+def _text(answer: Any, name: str) -> str:
+    found = answer.get(name) if isinstance(answer, dict) else None
+    if not isinstance(found, str):
+        raise _wrong_form(answer, f"an object with a text named {name}")
+    return found
+
+
+def _octets(answer: Any, name: str) -> tuple[bytes, ...]:
+    found = answer.get(name) if isinstance(answer, dict) else None
+    if not isinstance(found, list) or not all(isinstance(item, str) for item in found):
+        raise _wrong_form(answer, f"an object with a list of texts named {name}")
+    return tuple(unb64(item) for item in found)

@@ -5,7 +5,7 @@ Pure: no network, no store, no clock. Each step raises with what was found and e
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -16,6 +16,7 @@ from cenacle.attestation.registry import VerifierSet
 from cenacle.broker.entries import ReleaseEntry, SettlementEntry
 from cenacle.broker.identity import BrokerIdentity
 from cenacle.broker.log import LogEntryProof, TreeHead, parse_and_verify_head
+from cenacle.broker.messages import SettledOutput
 from cenacle.broker.rules import Facts, decide, require
 from cenacle.crypto.signing import VerifyKey
 from cenacle.documents.asset import Asset
@@ -26,7 +27,14 @@ from cenacle.documents.party import Party
 from cenacle.documents.receipt import LogInclusion, Receipt, ReceiptBundle, Statement
 from cenacle.errors import ProofError
 
-__all__ = ["VerifiedReceipt", "open_contract", "verify_inclusion", "verify_receipt"]
+__all__ = [
+    "OpenedContract",
+    "VerifiedReceipt",
+    "open_contract",
+    "read_bundle",
+    "verify_inclusion",
+    "verify_receipt",
+]
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,11 @@ def _must(condition: bool, what: str, found: object, expected: object) -> None:
         )
 
 
+def _must_be_same(what: str, found: Iterable[str], expected: Iterable[str]) -> None:
+    shown, named = ", ".join(sorted(found)), ", ".join(sorted(expected))
+    _must(shown == named, f"the {what} that came are not those of the contract", shown, named)
+
+
 def open_contract(
     digest: str | None,
     contract: dict[str, Any],
@@ -82,24 +95,27 @@ def open_contract(
     for fields in parties:
         signed = Envelope.from_fields(fields)
         party = signed.open(Party, signed.peek(Party).verify_key)
+        _must(party.name not in found, "a party's document came twice", party.name, "one each")
         found[party.name] = party
+    _must_be_same("parties", found, document.parties)
+    _must_be_same("assets", assets, document.assets)
     for name, pinned in document.parties.items():
-        got = found[name].digest if name in found else "no document"
+        got = found[name].digest
         _must(got == pinned, f"party {name} is not the one in the contract", got, pinned)
-    keys = {found[name].verify_key.keyid: name for name in document.parties}
+    keys = {party.verify_key.keyid: name for name, party in found.items()}
+    _must(len(keys) == len(found), "two parties have the same key", len(keys), len(found))
     for keyid in envelope.signatures:
         _must(keyid in keys, "a stranger signed the contract", keyid[:16], "its parties only")
         envelope.verify_signature(found[keys[keyid]].verify_key)
     manifests = {}
     for alias, ref in document.assets.items():
-        _must(alias in assets, "a manifest is missing", f"none for {alias}", ref.digest)
         signed = Envelope.from_fields(assets[alias])
         manifest = signed.open(Asset, found[ref.owner].verify_key)
         _must(manifest.digest == ref.digest, "another manifest", manifest.digest, ref.digest)
         manifests[alias] = manifest
     return OpenedContract(
         document,
-        {name: found[name] for name in document.parties},
+        found,
         manifests,
         frozenset(keys[keyid] for keyid in envelope.signatures),
     )
@@ -160,6 +176,12 @@ def verify_receipt(
         ("resumption count", release.resumed, receipt.resumed),
     ):
         _must(found == expected, f"the log's release entry is of another {what}", found, expected)
+    _must(
+        receipt.resumed > 0 or receipt.started == release.time,
+        "the statement's start is not that of the release",
+        receipt.started,
+        release.time,
+    )
     released = parse_time(release.time)
     claims = verifiers.for_kind(evidence.kind).authenticate(evidence, bound, released)
     # The verifier adds what only the platform vouches for, e.g. the installation.
@@ -189,12 +211,29 @@ def verify_receipt(
 
     body, head = verify_inclusion(bundle.settlement, broker)
     settled = SettlementEntry.from_canonical(body)
-    for what, found, expected in (
+    outputs = tuple(
+        SettledOutput(name=o.name, kind=o.kind, recipient=o.recipient, content=o.content)
+        for o in receipt.outputs
+    )
+    links: tuple[tuple[str, object, object], ...] = (
         ("run", settled.run, receipt.run),
         ("contract", settled.contract, receipt.contract),
         ("receipt", settled.receipt, statement_envelope.digest),
-    ):
-        _must(found == expected, f"the log's settlement is of another {what}", found, expected)
+        ("set of outputs", settled.outputs, outputs),
+    )
+    for what, shown_there, stated_here in links:
+        _must(
+            shown_there == stated_here,
+            f"the log's settlement is of another {what}",
+            shown_there,
+            stated_here,
+        )
+    _must(
+        bundle.settlement.index > receipt.release.index and settled.time >= release.time,
+        "the settlement does not follow the release",
+        f"entry {bundle.settlement.index} at {settled.time}",
+        f"after entry {receipt.release.index} at {release.time}",
+    )
     return VerifiedReceipt(receipt, opened, claims, released, head)
 
 

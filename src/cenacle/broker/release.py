@@ -12,10 +12,12 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Final, NoReturn
 
 from cenacle.attestation.binding import report_data
 from cenacle.attestation.claims import Claims, Evidence
-from cenacle.broker.entries import CheckpointEntry, ReleaseEntry, SettlementEntry
+from cenacle.broker.entries import CheckpointEntry, LogRecord, ReleaseEntry, SettlementEntry
 from cenacle.broker.ledger import Charge
 from cenacle.broker.messages import (
     CheckpointRecord,
@@ -25,18 +27,20 @@ from cenacle.broker.messages import (
     Settlement,
     release_context,
 )
-from cenacle.broker.records import load_asset
-from cenacle.broker.rules import Facts, decide, require
+from cenacle.broker.records import load_contract
+from cenacle.broker.rules import decide, require
 from cenacle.broker.service import Broker
-from cenacle.broker.store import ReadTransaction, RunRow, Transaction
+from cenacle.broker.store import AssetRow, ReadTransaction, RunRow, Transaction
 from cenacle.crypto import HpkePublicKey, SecretBytes, VerifyKey
 from cenacle.documents.asset import Asset
-from cenacle.documents.base import b64, canonical_json, format_time, parse_time, unb64
+from cenacle.documents.base import b64, canonical_json, format_time, unb64
 from cenacle.documents.dsse import Envelope
 from cenacle.documents.receipt import LogInclusion
-from cenacle.errors import ConflictError, EvidenceError, InputError, RefusedError
+from cenacle.errors import ConflictError, EvidenceError, InputError, ProofError, RefusedError
 
-__all__ = ["ReleaseDesk", "job_context"]
+__all__ = ["Asked", "Committed", "ReleaseDesk", "job_context"]
+
+_MAX_KNOWN: Final = 100_000
 
 
 def job_context(contract: str, run: str) -> tuple[bytes, ...]:
@@ -45,12 +49,39 @@ def job_context(contract: str, run: str) -> tuple[bytes, ...]:
 
 
 @dataclass(frozen=True)
-class _Committed:
-    """What a durable release leaves for the steps after it."""
+class Asked:
+    """A request whose evidence was judged, and what was made for it beforehand.
 
-    row: RunRow
+    Attributes:
+        moment: when it came; every clause is judged as of then.
+        evidence: digest of the evidence.
+        claims: ``None``: the evidence was not accepted, as ``problem`` says.
+        run: of an accepted request: the run that is begun or taken over.
+        job_secret: of a run that is begun.
+    """
+
+    request: ReleaseRequest
+    nonce: bytes
+    moment: datetime
+    evidence: str
+    enclave_key: VerifyKey
+    recipient: HpkePublicKey
+    claims: Claims | None = None
+    problem: str | None = None
+    run: str = ""
+    job_secret: SecretBytes | None = None
+    job_secret_wrapped: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Committed:
+    """What a durable release leaves for the steps after it. ``resumed``: the run taken over."""
+
+    resumptions: int
+    resumed: RunRow | None
     inclusion: LogInclusion
-    assets: Mapping[str, tuple[Asset, bytes]]
+    assets: Mapping[str, Asset]
+    rows: Mapping[str, AssetRow]
 
 
 class ReleaseDesk:
@@ -58,83 +89,128 @@ class ReleaseDesk:
 
     def __init__(self, broker: Broker) -> None:
         self.broker = broker
+        self._hpke = broker.keys.hpke_key.public_key
+        self._known: set[str] = set()
 
     def nonce(self, contract: str) -> bytes:
         """A nonce for one attempt to get one contract's keys."""
-        with self.broker.store.read() as tx:
-            if tx.contract(contract) is None:
-                raise InputError("a contract is not known to this broker", found=contract)
+        if not self.knows(contract):
+            with self.broker.store.read() as tx:
+                load_contract(tx, contract)
+            if len(self._known) < _MAX_KNOWN:
+                self._known.add(contract)
         return self.broker.nonces.issue(contract, self.broker.clock())
+
+    def knows(self, contract: str) -> bool:
+        """Whether :meth:`nonce` needs no store: contracts are never forgotten."""
+        return contract in self._known
 
     # ------------------------------------------------------------------ release
 
     def release(self, request: ReleaseRequest) -> ReleaseResponse:
         """Decide on an enclave's request and, if every clause is met, release the keys.
 
+        The same as :meth:`appraise`, then :meth:`commit` in the store's writer, then
+        :meth:`seal` once that is durable.
+
         Raises:
             RefusedError: naming every clause that failed.
             EvidenceError: the nonce was used before.
             ConflictError: another run of the contract is open.
         """
+        asked = self.appraise(request)
+        if asked.claims is None:
+            self.refuse(asked)
+        return self.seal(asked, self.broker.write(lambda tx: self.commit(tx, asked)))
+
+    def appraise(self, request: ReleaseRequest) -> Asked:
+        """Judge the evidence, without the store; what does not hold becomes a clause."""
         broker = self.broker
         moment = broker.clock()
         nonce, enclave_key = unb64(request.nonce), VerifyKey(unb64(request.signing_key))
         recipient = HpkePublicKey(unb64(request.hpke_key))
         evidence = Evidence.from_fields(request.evidence)
-        claims: Claims | None = None
-        problem: str | None = None
+        asked = Asked(request, nonce, moment, evidence.digest, enclave_key, recipient)
         try:
             broker.nonces.check(nonce, request.contract, moment)
             bound = report_data(nonce, request.contract, recipient.raw, enclave_key.raw)
             verifier = broker.verifiers.for_kind(evidence.kind)
             claims = verifier.authenticate(evidence, bound, moment)
         except EvidenceError as error:
-            problem = error.diagnostics()  # becomes a clause, beside all others that fail
-
-        if claims is None:
-            # Certain to be refused: strangers without evidence do not reach the writer.
-            with broker.store.read() as tx:
-                facts = broker.facts(tx, request.contract, excluded_run=request.resume or "")
-            require(decide(replace(facts, evidence_error=problem, now=moment)))
-        assert claims is not None  # a missing claim is a failed clause
-
-        # Made before the change, so that the writer does no public-key work for it.
-        run = request.resume or secrets.token_hex(16)
-        job_secret = SecretBytes.random(32)
-        view = job_secret.view()
-        wrapped = broker.identity.hpke_public.seal(view, *job_context(request.contract, run))
-        view.release()
-
-        def change(tx: Transaction) -> _Committed:
-            if request.resume is not None:
-                self._resumable(tx, request)
-            facts = broker.facts(tx, request.contract, excluded_run=request.resume or "")
-            facts = replace(facts, claims=claims, now=moment)
-            require(decide(facts))
-            return self._commit(tx, request, facts, claims, evidence, enclave_key, run, wrapped)
-
-        done = broker.write(change)
-        row = done.row
+            return replace(asked, problem=error.diagnostics())
         if request.resume is not None:
-            assert row.job_secret_wrapped is not None
-            job_secret.wipe()
-            job_secret = broker.keys.hpke_key.open(
-                row.job_secret_wrapped, *job_context(request.contract, run)
+            return replace(asked, claims=claims, run=request.resume)
+        # Made before the change, so that the writer does no public-key work for it.
+        run, secret = secrets.token_hex(16), SecretBytes.random(32)
+        with secret.view() as view:
+            wrapped = self._hpke.seal(view, *job_context(request.contract, run))
+        return replace(asked, claims=claims, run=run, job_secret=secret, job_secret_wrapped=wrapped)
+
+    def refuse(self, asked: Asked) -> NoReturn:
+        """Raise every clause that failed, beside that of the evidence that was not accepted.
+
+        It is certain to be refused: strangers without evidence do not reach the writer.
+        """
+        contract, run = asked.request.contract, asked.request.resume or ""
+        with self.broker.store.read() as tx:
+            facts = self.broker.facts(tx, contract, excluded_run=run)
+        require(decide(replace(facts, evidence_error=asked.problem, now=asked.moment)))
+        raise AssertionError("no evidence, no claims")
+
+    def commit(self, tx: Transaction, asked: Asked) -> Committed:
+        """The one change of a release: every fact read, decided on, and acted upon, or nothing."""
+        request, claims, run = asked.request, asked.claims, asked.run
+        assert claims is not None
+        resumed = self._resumable(tx, request)
+        facts, rows = self.broker.gather(tx, request.contract, excluded_run=request.resume or "")
+        require(decide(replace(facts, claims=claims, now=asked.moment)))
+        at = format_time(asked.moment)
+        tx.consume_nonce(asked.nonce, at)
+        refs = facts.contract.assets
+        if resumed is None:
+            tx.create_run(run, request.contract, at, job_secret_wrapped=asked.job_secret_wrapped)
+            tx.reserve_all(run, {ref.digest: Charge(uses=1) for ref in refs.values()})
+        resumptions = tx.record_release(run, asked.enclave_key.raw) - 1
+        entry = ReleaseEntry(
+            time=at,
+            contract=request.contract,
+            run=run,
+            resumed=resumptions,
+            evidence=asked.evidence,
+            evidence_kind=claims.kind,
+            protection=claims.protection,
+            enclave_key=asked.enclave_key.keyid,
+            uses={ref.digest: facts.uses[alias] + 1 for alias, ref in refs.items()},
+        )
+        return Committed(resumptions, resumed, self._logged(tx, entry), facts.assets, rows)
+
+    def seal(self, asked: Asked, done: Committed) -> ReleaseResponse:
+        """The keys for the enclave; only for a change that is durable."""
+        row, contract, run = done.resumed, asked.request.contract, asked.run
+        secret = asked.job_secret
+        if row is not None:
+            secret = self.broker.keys.hpke_key.open(
+                row.job_secret_wrapped or b"", *job_context(contract, run)
             )
-        message = self._open_keys(done.assets, job_secret)
-        sealed = recipient.seal(message, *release_context(request.contract, run, nonce))
+        assert secret is not None
+        with secret:
+            message = self._open_keys(done.assets, done.rows, secret)
+        sealed = asked.recipient.seal(message, *release_context(contract, run, asked.nonce))
         return ReleaseResponse(
             run=run,
-            resumed=row.releases - 1,
-            started=row.created_at,
-            checkpoint_version=row.checkpoint_version,
-            checkpoint_digest=row.checkpoint_digest,
+            resumed=done.resumptions,
+            started=format_time(asked.moment) if row is None else row.created_at,
+            checkpoint_version=0 if row is None else row.checkpoint_version,
+            checkpoint_digest=None if row is None else row.checkpoint_digest,
             sealed_keys=b64(sealed),
             log=done.inclusion,
         )
 
-    def _resumable(self, tx: ReadTransaction, request: ReleaseRequest) -> None:
-        row = tx.run(request.resume or "")
+    def _resumable(self, tx: ReadTransaction, request: ReleaseRequest) -> RunRow | None:
+        """The run that is to be taken over, if one is."""
+        if request.resume is None:
+            return None
+        row = tx.run(request.resume)
         if row is None or row.contract != request.contract or row.state != "open":
             raise ConflictError(
                 "the run cannot be resumed",
@@ -144,51 +220,18 @@ class ReleaseDesk:
                 expected="an open run of this contract",
                 remedy="start a new run with `cenacle run` without --resume",
             )
-
-    def _commit(
-        self,
-        tx: Transaction,
-        request: ReleaseRequest,
-        facts: Facts,
-        claims: Claims,
-        evidence: Evidence,
-        enclave_key: VerifyKey,
-        run: str,
-        wrapped_secret: bytes,
-    ) -> _Committed:
-        at = format_time(facts.now)
-        tx.consume_nonce(unb64(request.nonce), at)
-        refs = facts.contract.assets
-        if request.resume is None:
-            tx.create_run(run, request.contract, at, job_secret_wrapped=wrapped_secret)
-            for ref in refs.values():
-                tx.reserve(run, ref.digest, Charge(uses=1))
-        releases = tx.record_release(run, enclave_key.raw)
-        entry = ReleaseEntry(
-            time=at,
-            contract=request.contract,
-            run=run,
-            resumed=releases - 1,
-            evidence=evidence.digest,
-            evidence_kind=claims.kind,
-            protection=claims.protection,
-            enclave_key=enclave_key.keyid,
-            uses={ref.digest: facts.uses[alias] + 1 for alias, ref in refs.items()},
-        )
-        index = self.broker.record(tx, entry)
-        row = tx.run(run)
-        assert row is not None
-        assets = {alias: load_asset(tx, ref.digest)[:2] for alias, ref in refs.items()}
-        return _Committed(row, self._inclusion(tx, index, entry.canonical_bytes()), assets)
+        return row
 
     def _open_keys(
-        self, assets: Mapping[str, tuple[Asset, bytes]], job_secret: SecretBytes
+        self, assets: Mapping[str, Asset], rows: Mapping[str, AssetRow], job_secret: SecretBytes
     ) -> bytes:
         """The message that is sealed to the enclave: every asset's key and the job's secret."""
         opened: dict[str, SecretBytes] = {}
         try:
-            for alias, (asset, wrapped) in assets.items():
-                opened[alias] = self.broker.keys.hpke_key.open(wrapped, *asset.wrapping_context())
+            for alias, asset in assets.items():
+                opened[alias] = self.broker.keys.hpke_key.open(
+                    rows[alias].wrapped_key, *asset.wrapping_context()
+                )
             return canonical_json(
                 {
                     "assets": {alias: b64(bytes(key.view())) for alias, key in opened.items()},
@@ -196,8 +239,13 @@ class ReleaseDesk:
                 }
             )
         finally:
-            for key in (*opened.values(), job_secret):
+            for key in opened.values():
                 key.wipe()
+
+    def _logged(self, tx: Transaction, entry: LogRecord) -> LogInclusion:
+        """Append an entry, with the proof that the newest head includes it."""
+        index, body = self.broker.record(tx, entry)
+        return self._inclusion(tx, index, body)
 
     def _inclusion(self, tx: ReadTransaction, index: int, body: bytes) -> LogInclusion:
         head = self.broker.log.signed_head(tx)
@@ -249,7 +297,12 @@ class ReleaseDesk:
             if row.state == "settled" and row.receipt_digest == stated.receipt:
                 index = int(tx.meta(key) or -1)
                 logged = tx.entry(index)
-                assert logged is not None
+                if logged is None:
+                    raise ProofError(
+                        "the broker's store was altered: a settlement is not in the log",
+                        found=f"run {row.id} without its entry",
+                        remedy="the broker's operator restores the store from a backup",
+                    )
                 return self._inclusion(tx, index, logged.body)
             at = format_time(self.broker.clock())
             tx.settle_run(row.id, at, stated.receipt)
@@ -262,9 +315,9 @@ class ReleaseDesk:
                 receipt=stated.receipt,
                 outputs=stated.outputs,
             )
-            index = self.broker.record(tx, entry)
-            tx.add_meta(key, str(index))
-            return self._inclusion(tx, index, entry.canonical_bytes())
+            inclusion = self._logged(tx, entry)
+            tx.add_meta(key, str(inclusion.index))
+            return inclusion
 
         return self.broker.write(change)
 
@@ -281,9 +334,14 @@ class ReleaseDesk:
             row = tx.run(asked.subject)
             if row is None:
                 raise InputError("a run does not exist", found=asked.subject)
-            if asked.party not in self.broker.facts(tx, row.contract).contract.parties:
-                raise RefusedError("only a party of its contract abandons a run", found=asked.party)
+            parties = load_contract(tx, row.contract).contract.parties
+            if asked.party not in parties:
+                raise RefusedError(
+                    "only a party of its contract abandons a run",
+                    found=asked.party,
+                    expected=" or ".join(sorted(parties)),
+                )
             self.broker.once(tx, asked)
-            tx.abandon_run(row.id, format_time(parse_time(asked.issued)))
+            tx.abandon_run(row.id, format_time(self.broker.clock()))
 
         self.broker.write(change)

@@ -23,7 +23,7 @@ from cenacle.documents.contract import Contract, ProgramJob, RecipeJob
 from cenacle.documents.matching import UseFacts, match_terms
 from cenacle.errors import RefusedError
 
-__all__ = ["Facts", "Lineage", "decide", "expected_program", "require"]
+__all__ = ["Facts", "Lineage", "decide", "expected_program", "require", "superseded_by"]
 
 
 @dataclass(frozen=True)
@@ -146,24 +146,40 @@ def _vetoes(facts: Facts) -> Clause:
     )
 
 
-def _approved(index: int, chain: tuple[tuple[Contract, frozenset[str]], ...]) -> bool:
-    """Whether ``chain[index]`` took effect: oldest first, each under its predecessor's rule."""
-    contract, signed = chain[index]
-    governing = next((chain[i][0] for i in range(index - 1, -1, -1) if _approved(i, chain)), None)
-    return approves(contract.approval, signed) and (
+def _governing(lineage: Lineage) -> Contract | None:
+    """The nearest predecessor that took effect: approved by its own rule and its governor's."""
+    governing: Contract | None = None
+    for contract, signed in reversed(lineage.ancestors):
+        if approves(contract.approval, signed) and (
+            governing is None or approves(governing.approval, signed)
+        ):
+            governing = contract
+    return governing
+
+
+def superseded_by(contract: Contract, signed: frozenset[str], lineage: Lineage) -> Contract | None:
+    """The nearest successor that took effect, under the rule that governs this contract.
+
+    A successor that only its own, laxer rule approves supersedes nothing: whoever proposes one
+    cannot stop an agreement that others have made or are about to sign.
+    """
+    governing = _governing(lineage)
+    effective = approves(contract.approval, signed) and (
         governing is None or approves(governing.approval, signed)
+    )
+    rule = (contract if effective or governing is None else governing).approval
+    return next(
+        (
+            newer
+            for newer, by in lineage.descendants
+            if approves(newer.approval, by) and approves(rule, by)
+        ),
+        None,
     )
 
 
 def _replacement(facts: Facts) -> list[Clause]:
-    lineage = facts.lineage
-    chain = (
-        *reversed(lineage.ancestors),
-        (facts.contract, facts.signed),
-        *lineage.descendants,
-    )
-    here = len(lineage.ancestors)
-    newer = next((chain[i][0] for i in range(here + 1, len(chain)) if _approved(i, chain)), None)
+    newer = superseded_by(facts.contract, facts.signed, facts.lineage)
     clauses = [
         check(
             "contract",
@@ -174,7 +190,7 @@ def _replacement(facts: Facts) -> list[Clause]:
             "run the contract that replaces this one",
         )
     ]
-    governing = next((chain[i][0] for i in range(here - 1, -1, -1) if _approved(i, chain)), None)
+    governing = _governing(facts.lineage)
     if governing is not None:
         clauses.append(
             check(

@@ -42,13 +42,10 @@ def _server(broker: Broker, files: TlsFiles) -> uvicorn.Server:
         log_config=None,  # no access log: paths name contracts
         access_log=False,
         server_header=False,
-        lifespan="off",
+        lifespan="on",
         timeout_keep_alive=30,
         limit_concurrency=512,
         ssl_context_factory=lambda _config, _default: server_context(files),
-        # uvicorn turns TLS on by the presence of these; the factory makes the context.
-        ssl_certfile=str(files.certificate),
-        ssl_keyfile=str(files.key),
     )
     return uvicorn.Server(config)
 

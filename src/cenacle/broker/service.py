@@ -32,16 +32,30 @@ from cenacle.broker.messages import (
     SignatureUpload,
 )
 from cenacle.broker.nonces import NonceKey
-from cenacle.broker.records import load_asset, load_contract, load_lineage, load_party
-from cenacle.broker.rules import Facts, decide
-from cenacle.broker.store import ReadTransaction, Store, Transaction
+from cenacle.broker.records import (
+    MAX_LINEAGE,
+    ContractRecord,
+    load_asset,
+    load_contract,
+    load_document,
+    load_lineage,
+    load_party,
+)
+from cenacle.broker.rules import Facts, decide, superseded_by
+from cenacle.broker.store import AssetRow, ReadTransaction, Store, Transaction
 from cenacle.crypto import derive_key
 from cenacle.documents.asset import Asset
-from cenacle.documents.base import format_time, parse_time, unb64
+from cenacle.documents.base import canonical_json, format_time, parse_time, unb64
 from cenacle.documents.contract import Contract, Veto
 from cenacle.documents.dsse import Envelope
 from cenacle.documents.party import Party
-from cenacle.errors import ConflictError, InputError, RefusedError, SignatureError
+from cenacle.errors import (
+    ConflictError,
+    EvidenceError,
+    InputError,
+    RefusedError,
+    SignatureError,
+)
 
 __all__ = ["Broker", "now"]
 
@@ -80,6 +94,7 @@ class Broker:
         self.clock = clock
         self.log = TransparencyLog(keys.identity.origin, keys.signing_key, clock)
         self.nonces = NonceKey(derive_key(keys.signing_key.seed(), "broker/nonce"))
+        self.digest: Final = keys.identity.digest  # of the keys, so no address changes it
 
     @classmethod
     def production(cls, store: Store, keys: BrokerKeys, *hardware: Verifier) -> Self:
@@ -102,10 +117,11 @@ class Broker:
         """Run a change in the store's one writer; returns when it is durable."""
         return self.store.run(change)
 
-    def record(self, tx: Transaction, entry: LogRecord) -> int:
-        """Append to the transparency log within a change."""
+    def record(self, tx: Transaction, entry: LogRecord) -> tuple[int, bytes]:
+        """Append to the transparency log within a change; returns the entry's place and bytes."""
         fields = entry.to_fields()
-        return tx.append_entry(fields["kind"], entry.canonical_bytes())
+        body = canonical_json(fields)
+        return tx.append_entry(fields["kind"], body), body
 
     def _time(self) -> str:
         return format_time(self.clock())
@@ -180,11 +196,11 @@ class Broker:
         request = envelope.peek(PartyRequest)
         with self.store.read() as tx:
             envelope.verify_signature(load_party(tx, request.party).verify_key)
-        if (request.broker, request.action) != (self.identity.digest, action):
+        if (request.broker, request.action) != (self.digest, action):
             raise SignatureError(
                 "a request was signed for something else",
                 found=f"{request.action} at {request.broker}",
-                expected=f"{action} at {self.identity.digest}",
+                expected=f"{action} at {self.digest}",
             )
         if abs(self.clock() - parse_time(request.issued)) > _REQUEST_AGE:
             raise SignatureError(
@@ -196,8 +212,17 @@ class Broker:
         return request
 
     def once(self, tx: Transaction, request: PartyRequest) -> None:
+        """Raise :class:`ConflictError` if this very request was carried out before."""
         nonce = hashlib.sha256(request.canonical_bytes()).digest()
-        tx.consume_nonce(b"request" + nonce, self._time())
+        try:
+            tx.consume_nonce(b"request" + nonce, self._time())
+        except EvidenceError:
+            raise ConflictError(
+                "a request was carried out already",
+                found=f"{request.action} by {request.party}",
+                expected="a request that is sent once",
+                remedy="sign a new one",
+            ) from None
 
     # ------------------------------------------------------------------ assets
 
@@ -214,8 +239,8 @@ class Broker:
         deposit = deposited.open(AssetDeposit, owner.verify_key)
         for what, found, expected in (
             ("owner's document", asset.owner_digest, owner.digest),
-            ("broker", asset.broker, self.identity.digest),
-            ("broker", deposit.broker, self.identity.digest),
+            ("broker", asset.broker, self.digest),
+            ("broker", deposit.broker, self.digest),
             ("manifest", deposit.asset, asset.digest),
         ):
             if found != expected:
@@ -258,17 +283,19 @@ class Broker:
     def propose(self, envelope: Envelope) -> Contract:
         """Take a contract, signed by the party that proposes it."""
         contract = envelope.peek(Contract)
-        if contract.broker != self.identity.digest:
+        if contract.broker != self.digest:
             raise InputError(
                 "a contract names another broker",
                 found=contract.broker,
-                expected=self.identity.digest,
+                expected=self.digest,
                 remedy="propose it to the broker that it names",
             )
         with self.store.read() as tx:
             parties = self._pinned_parties(tx, contract)
             for ref in contract.assets.values():
                 load_asset(tx, ref.digest)
+            replaced = None if contract.replaces is None else load_contract(tx, contract.replaces)
+            depth = 0 if replaced is None else 1 + len(load_lineage(tx, replaced).ancestors)
         by_key = {party.verify_key.keyid: party for party in parties.values()}
         signers = [by_key.get(keyid) for keyid in envelope.signatures]
         proposer = signers[0] if len(signers) == 1 else None
@@ -280,6 +307,8 @@ class Broker:
                 remedy="propose with `cenacle propose`; the others sign with `cenacle sign`",
             )
         envelope.verify_signature(proposer.verify_key)
+        if replaced is not None:
+            self._may_replace(proposer, replaced, depth)
 
         def change(tx: Transaction) -> None:
             at = self._time()
@@ -302,6 +331,23 @@ class Broker:
         self.write(change)
         return contract
 
+    def _may_replace(self, proposer: Party, replaced: ContractRecord, depth: int) -> None:
+        # Each contract has one successor: a stranger must not be able to take the place.
+        if replaced.contract.parties.get(proposer.name) != proposer.digest:
+            raise RefusedError(
+                "only a party of a contract proposes what replaces it",
+                found=proposer.name,
+                expected=" or ".join(sorted(replaced.contract.parties)),
+                remedy="draft a contract that replaces none",
+            )
+        if depth > MAX_LINEAGE:
+            raise InputError(
+                "a contract was replaced too often",
+                found=f"{depth} contracts before this one",
+                expected=f"at most {MAX_LINEAGE}",
+                remedy="draft a contract that replaces none, and veto the old one",
+            )
+
     def _pinned_parties(self, tx: ReadTransaction, contract: Contract) -> dict[str, Party]:
         parties = {name: load_party(tx, name) for name in contract.parties}
         for name, party in parties.items():
@@ -312,6 +358,13 @@ class Broker:
                     expected=party.digest,
                     remedy=f"draft the contract again with {name}'s current document",
                 )
+        if len({party.verify_key.keyid for party in parties.values()}) != len(parties):
+            raise InputError(
+                "two parties of the contract have the same key",
+                found=", ".join(sorted(parties)),
+                expected="a key for each party, so that a signature tells whose it is",
+                remedy="register one of them again, under another name, with a key of its own",
+            )
         return parties
 
     def add_signature(self, digest: str, upload: SignatureUpload) -> str:
@@ -331,13 +384,15 @@ class Broker:
 
         def change(tx: Transaction) -> None:
             row = tx.contract(digest)
-            # What is current is the rules' business; a signature of what is past is stale.
             if row is not None and row.replaced_by is not None:
-                lineage = load_lineage(tx, load_contract(tx, digest))
-                if any(signed for _, signed in lineage.descendants):
+                record = load_contract(tx, digest)
+                newer = superseded_by(
+                    record.contract, record.signed | {party.name}, load_lineage(tx, record)
+                )
+                if newer is not None:
                     raise ConflictError(
-                        "the contract has a successor that was signed already",
-                        found=row.replaced_by,
+                        "the contract was replaced by one that took effect",
+                        found=newer.digest,
                         expected="the newest contract",
                         remedy="review and sign the newer one",
                     )
@@ -401,12 +456,8 @@ class Broker:
         asked = self.party_request(request, "list-contracts")
         self.write(lambda tx: self.once(tx, asked))
         with self.store.read() as tx:
-            records = [load_contract(tx, row.digest) for row in tx.contracts()]
-        return [
-            (r.contract.digest, r.contract.name)
-            for r in records
-            if asked.party in r.contract.parties
-        ]
+            found = [load_document(row) for row in tx.contracts()]
+        return [(c.digest, c.name) for c in found if asked.party in c.parties]
 
     def review(self, digest: str) -> ReviewView:
         """Every clause as it stands now; what the enclave will show is pending."""
@@ -417,18 +468,25 @@ class Broker:
         self, tx: ReadTransaction, digest: str, *, review: bool = False, excluded_run: str = ""
     ) -> Facts:
         """What the store knows about a contract now; the run being resumed is not counted."""
+        return self.gather(tx, digest, review=review, excluded_run=excluded_run)[0]
+
+    def gather(
+        self, tx: ReadTransaction, digest: str, *, review: bool = False, excluded_run: str = ""
+    ) -> tuple[Facts, dict[str, AssetRow]]:
+        """:meth:`facts`, and each asset's row, whose wrapped key they are about."""
         record = load_contract(tx, digest)
         assets, replaced, uses = {}, {}, {}
+        rows: dict[str, AssetRow] = {}
         for alias, ref in record.contract.assets.items():
-            asset, _, newer = load_asset(tx, ref.digest)
-            assets[alias] = asset
-            if newer is not None:
-                replaced[alias] = newer
+            assets[alias], row = load_asset(tx, ref.digest)
+            rows[alias] = row
+            if row.replaced_by is not None:
+                replaced[alias] = row.replaced_by
             used = tx.ledger(ref.digest)
             mine = tx.reservation(excluded_run, ref.digest) if excluded_run else None
             uses[alias] = used.uses_reserved + used.uses_settled - (mine.uses if mine else 0)
-        return Facts(
-            broker=self.identity.digest,
+        facts = Facts(
+            broker=self.digest,
             contract=record.contract,
             assets=assets,
             replaced=replaced,
@@ -439,6 +497,7 @@ class Broker:
             now=self.clock(),
             review=review,
         )
+        return facts, rows
 
     def close(self) -> None:
         with contextlib.suppress(Exception):

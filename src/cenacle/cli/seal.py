@@ -87,7 +87,12 @@ def seal(
             client.check_identity()
             with progress_bar(f"sealing {source.name}", not json_) as bar:
                 info = seal_path(
-                    source, target, key, allow_missing=allow_missing, progress=bar.report
+                    source,
+                    target,
+                    key,
+                    kind="file" if opaque else None,
+                    allow_missing=allow_missing,
+                    progress=bar.report,
                 )
             try:
                 asset = Asset.from_fields(

@@ -89,7 +89,7 @@ def run_agent(config: AgentConfig, channel: Channel) -> None:
         view = patiently(lambda: client.contract_view(job.contract))
         opened = open_contract(job.contract, view.contract, view.parties, view.assets)
         write_draft(session, view, opened, records, config.layers, outputs)
-        receipt = patiently(lambda: finish(client, outputs))
+        receipt = finish(client, outputs)
         SealedCheckpoints(config.paths["checkpoints"], session).discard()
         channel.finished((), OutputFile(receipt.name, _sha256(receipt)))
 

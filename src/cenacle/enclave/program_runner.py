@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import safetensors.numpy
+from numpy.typing import NDArray
 
 from cenacle.crypto import SecretBytes
 from cenacle.documents.asset import Asset
@@ -35,10 +36,7 @@ def encode_value(name: str, kind: str, value: Any) -> bytes:
         InputError: the value is not what an output of this kind is made of.
     """
     if kind == "model" and isinstance(value, Mapping) and value:
-        for tensor in value:
-            check_name(tensor)
-        arrays = {tensor: np.asarray(array, order="C") for tensor, array in value.items()}
-        return bytes(safetensors.numpy.save(arrays))
+        return bytes(safetensors.numpy.save({n: _array(n, array) for n, array in value.items()}))
     if kind == "metrics" and isinstance(value, Mapping):
         return canonical_json(dict(value))
     if kind == "table" and isinstance(value, pa.Table):
@@ -53,6 +51,20 @@ def encode_value(name: str, kind: str, value: Any) -> bytes:
         found=type(value).__name__,
         expected=f"what a {kind} is made of",
     )
+
+
+def _array(name: object, value: Any) -> NDArray[Any]:
+    if not isinstance(name, str):
+        raise InputError("a tensor's name is not text", found=type(name).__name__)
+    check_name(name)
+    array = np.asarray(value, order="C")
+    if array.dtype.kind not in "biufc":
+        raise InputError(
+            f"tensor {name[:80]!r} holds no numbers",
+            found=array.dtype,
+            expected="integers, floats or booleans",
+        )
+    return array
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from cenacle.documents.receipt import (
     Statement,
 )
 from cenacle.enclave.outputs import output_file
-from cenacle.enclave.session import Session
+from cenacle.enclave.session import Session, patiently
 from cenacle.errors import CenacleError, SealError
 from cenacle.sealing import verify_digest
 from cenacle.sealing.disk import AtomicFile, disk_errors, pwrite_all
@@ -157,7 +157,7 @@ def finish(client: BrokerClient, folder: Path) -> Path:
     for output in settlement.peek(Settlement).outputs:
         # A settled run cannot be repeated, an open one can: never settle what was lost.
         _check_output(folder / output_file(output.name), output)
-    inclusion = client.settle(settlement)
+    inclusion = patiently(lambda: client.settle(settlement))
     bundle = ReceiptBundle(
         statement=draft.statement,
         binding=draft.binding,

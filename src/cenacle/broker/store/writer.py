@@ -16,7 +16,7 @@ from cenacle.broker.store.totals import Totals
 from cenacle.broker.store.writes import Transaction
 from cenacle.errors import UnavailableError
 
-__all__ = ["Writer", "unwrap"]
+__all__ = ["StoredNodes", "Writer", "unwrap"]
 
 WRITER_LOCK: Final = 0x43454E41_57524954  # "CENAWRIT": one writing transaction in all processes
 _OUTCOME_SECONDS: Final = 5.0
