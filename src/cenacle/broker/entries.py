@@ -12,6 +12,7 @@ from cenacle.documents.base import Digest, Document, Name, Natural, NonEmpty, Ti
 from cenacle.documents.protection import Protection
 
 __all__ = [
+    "AbandonmentEntry",
     "AssetEntry",
     "CheckpointEntry",
     "ContractEntry",
@@ -88,6 +89,15 @@ class CheckpointEntry(LogRecord):
     run: NonEmpty
     number: Natural
     content: Digest
+
+
+class AbandonmentEntry(LogRecord):
+    """A party gave up an open run; what it was charged stays charged."""
+
+    kind: Literal["abandonment"] = "abandonment"
+    run: NonEmpty
+    contract: Digest
+    party: Name
 
 
 class SettlementEntry(LogRecord):

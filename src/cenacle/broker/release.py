@@ -17,7 +17,13 @@ from typing import Final, NoReturn
 
 from cenacle.attestation.binding import report_data
 from cenacle.attestation.claims import Claims, Evidence
-from cenacle.broker.entries import CheckpointEntry, LogRecord, ReleaseEntry, SettlementEntry
+from cenacle.broker.entries import (
+    AbandonmentEntry,
+    CheckpointEntry,
+    LogRecord,
+    ReleaseEntry,
+    SettlementEntry,
+)
 from cenacle.broker.ledger import Charge
 from cenacle.broker.messages import (
     CheckpointRecord,
@@ -342,6 +348,9 @@ class ReleaseDesk:
                     expected=" or ".join(sorted(parties)),
                 )
             self.broker.once(tx, asked)
-            tx.abandon_run(row.id, format_time(self.broker.clock()))
+            at = self.broker.time()
+            tx.abandon_run(row.id, at)
+            entry = AbandonmentEntry(time=at, run=row.id, contract=row.contract, party=asked.party)
+            self.broker.record(tx, entry)
 
         self.broker.write(change)

@@ -1,37 +1,21 @@
-"""The broker: who may register, deposit, propose, sign and see; see ``release`` for the keys."""
+"""The broker: who may deposit, propose, sign and see; see ``release`` for the keys."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import secrets
-from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
-from typing import Final, Self, TypeVar
+from typing import Self
 
 from cenacle.attestation.registry import Verifier, VerifierSet
 from cenacle.attestation.simulated import SimulatedVerifier
-from cenacle.broker.entries import (
-    AssetEntry,
-    ContractEntry,
-    LogRecord,
-    PartyEntry,
-    SignatureEntry,
-    VetoEntry,
-)
-from cenacle.broker.identity import BrokerIdentity, BrokerKeys
-from cenacle.broker.log import TransparencyLog
+from cenacle.broker.entries import AssetEntry, ContractEntry, SignatureEntry, VetoEntry
+from cenacle.broker.identity import BrokerKeys
+from cenacle.broker.membership import Membership, now
 from cenacle.broker.messages import (
     AssetDeposit,
     AssetUpload,
     ContractView,
-    Invitation,
-    PartyRequest,
-    Registration,
     ReviewView,
     SignatureUpload,
 )
-from cenacle.broker.nonces import NonceKey
 from cenacle.broker.records import (
     MAX_LINEAGE,
     ContractRecord,
@@ -43,58 +27,22 @@ from cenacle.broker.records import (
 )
 from cenacle.broker.rules import Facts, decide, superseded_by
 from cenacle.broker.store import AssetRow, ReadTransaction, Store, Transaction
-from cenacle.crypto import derive_key
 from cenacle.documents.asset import Asset
-from cenacle.documents.base import canonical_json, format_time, parse_time, unb64
+from cenacle.documents.base import unb64
 from cenacle.documents.contract import Contract, Veto
 from cenacle.documents.dsse import Envelope
 from cenacle.documents.party import Party
-from cenacle.errors import (
-    ConflictError,
-    EvidenceError,
-    InputError,
-    RefusedError,
-    SignatureError,
-)
+from cenacle.errors import ConflictError, InputError, RefusedError, SignatureError
 
 __all__ = ["Broker", "now"]
 
-T = TypeVar("T")
 
-_INVITATION_LIFETIME: Final = timedelta(days=7)
-_REQUEST_AGE: Final = timedelta(minutes=5)
-
-
-def now() -> datetime:
-    """The broker's clock: UTC, whole seconds, as every time in a document."""
-    return datetime.now(UTC).replace(microsecond=0)
-
-
-def _hash(token: str) -> str:
-    return hashlib.sha256(b"cenacle/token\x00" + token.encode()).hexdigest()
-
-
-class Broker:
+class Broker(Membership):
     """One broker over one store. Make it with :meth:`production` or :meth:`development`.
 
     The two differ in which verifiers exist. No argument, setting or request turns one into
     the other.
     """
-
-    def __init__(
-        self,
-        store: Store,
-        keys: BrokerKeys,
-        verifiers: VerifierSet,
-        clock: Callable[[], datetime] = now,
-    ) -> None:
-        self.store = store
-        self.keys = keys
-        self.verifiers: Final = verifiers
-        self.clock = clock
-        self.log = TransparencyLog(keys.identity.origin, keys.signing_key, clock)
-        self.nonces = NonceKey(derive_key(keys.signing_key.seed(), "broker/nonce"))
-        self.digest: Final = keys.identity.digest  # of the keys, so no address changes it
 
     @classmethod
     def production(cls, store: Store, keys: BrokerKeys, *hardware: Verifier) -> Self:
@@ -105,124 +53,6 @@ class Broker:
     def development(cls, store: Store, keys: BrokerKeys, *hardware: Verifier) -> Self:
         """A broker that also accepts simulated evidence: for demonstrations and tests."""
         return cls(store, keys, VerifierSet.of_development(SimulatedVerifier(), *hardware))
-
-    @property
-    def identity(self) -> BrokerIdentity:
-        """The public half of the keys, with the address once it is served."""
-        return self.keys.identity
-
-    # ------------------------------------------------------------------ helpers
-
-    def write(self, change: Callable[[Transaction], T]) -> T:
-        """Run a change in the store's one writer; returns when it is durable."""
-        return self.store.run(change)
-
-    def record(self, tx: Transaction, entry: LogRecord) -> tuple[int, bytes]:
-        """Append to the transparency log within a change; returns the entry's place and bytes."""
-        fields = entry.to_fields()
-        body = canonical_json(fields)
-        return tx.append_entry(fields["kind"], body), body
-
-    def _time(self) -> str:
-        return format_time(self.clock())
-
-    # ------------------------------------------------------------------ parties
-
-    def owner_token(self) -> str | None:
-        """A new one-time token for the broker's owner; ``None`` once there is one.
-
-        Each start makes a new token and voids the one before, until an owner registers: so the
-        first stranger to connect does not own the broker.
-        """
-        token = secrets.token_urlsafe(32)
-
-        def change(tx: Transaction) -> bool:
-            if tx.meta("owner") is not None:
-                return False
-            tx.set_meta("owner-token", _hash(token))
-            return True
-
-        return token if self.write(change) else None
-
-    def register(self, registration: Registration) -> Party:
-        """Admit a party that shows its self-signed document and a one-time token."""
-        envelope = Envelope.from_fields(registration.party)
-        party = envelope.open(Party, envelope.peek(Party).verify_key)
-        token = _hash(registration.token)
-
-        def change(tx: Transaction) -> None:
-            at = self._time()
-            if tx.meta("owner") is None and secrets.compare_digest(
-                token, tx.meta("owner-token") or ""
-            ):
-                tx.add_meta("owner", party.name)
-            else:
-                tx.use_invitation(token, party.name, at)
-            tx.add_party(party.name, party.digest, envelope.to_json(), at)
-            self.record(tx, PartyEntry(time=at, party=party.name, document=party.digest))
-
-        self.write(change)
-        return party
-
-    def party(self, name: str) -> Envelope:
-        with self.store.read() as tx:
-            load_party(tx, name)
-            row = tx.party(name)
-            assert row is not None
-            return Envelope.from_json(row.envelope)
-
-    def invite(self, request: Envelope) -> Invitation:
-        """A token for one more party, at the signed request of the broker's owner."""
-        asked = self.party_request(request, "invite")
-        token = secrets.token_urlsafe(32)
-        expires = format_time(self.clock() + _INVITATION_LIFETIME)
-
-        def change(tx: Transaction) -> None:
-            if tx.meta("owner") != asked.party:
-                raise RefusedError(
-                    "only the broker's owner invites parties",
-                    found=asked.party,
-                    expected=tx.meta("owner"),
-                    remedy="ask the owner for an invitation",
-                )
-            self.once(tx, asked)
-            tx.add_invitation(_hash(token), self._time(), expires)
-
-        self.write(change)
-        return Invitation(token=token, expires=expires)
-
-    def party_request(self, envelope: Envelope, action: str) -> PartyRequest:
-        """A fresh request for this broker, signed by the party that it names."""
-        request = envelope.peek(PartyRequest)
-        with self.store.read() as tx:
-            envelope.verify_signature(load_party(tx, request.party).verify_key)
-        if (request.broker, request.action) != (self.digest, action):
-            raise SignatureError(
-                "a request was signed for something else",
-                found=f"{request.action} at {request.broker}",
-                expected=f"{action} at {self.digest}",
-            )
-        if abs(self.clock() - parse_time(request.issued)) > _REQUEST_AGE:
-            raise SignatureError(
-                "a request is not fresh",
-                found=f"signed at {request.issued}",
-                expected=f"within {_REQUEST_AGE.seconds} s of {self._time()}",
-                remedy="check both clocks and try again",
-            )
-        return request
-
-    def once(self, tx: Transaction, request: PartyRequest) -> None:
-        """Raise :class:`ConflictError` if this very request was carried out before."""
-        nonce = hashlib.sha256(request.canonical_bytes()).digest()
-        try:
-            tx.consume_nonce(b"request" + nonce, self._time())
-        except EvidenceError:
-            raise ConflictError(
-                "a request was carried out already",
-                found=f"{request.action} by {request.party}",
-                expected="a request that is sent once",
-                remedy="sign a new one",
-            ) from None
 
     # ------------------------------------------------------------------ assets
 
@@ -271,7 +101,7 @@ class Broker:
                 replaces=asset.replaces,
             )
             entry = AssetEntry(
-                time=self._time(), asset=asset.digest, owner=asset.owner, replaces=asset.replaces
+                time=self.time(), asset=asset.digest, owner=asset.owner, replaces=asset.replaces
             )
             self.record(tx, entry)
 
@@ -311,7 +141,7 @@ class Broker:
             self._may_replace(proposer, replaced, depth)
 
         def change(tx: Transaction) -> None:
-            at = self._time()
+            at = self.time()
             tx.add_contract(
                 contract.digest,
                 contract.name,
@@ -396,7 +226,7 @@ class Broker:
                         expected="the newest contract",
                         remedy="review and sign the newer one",
                     )
-            at = self._time()
+            at = self.time()
             tx.add_signature(digest, party.name, upload.keyid, signature, at)
             self.record(tx, SignatureEntry(time=at, contract=digest, party=party.name))
 
@@ -420,7 +250,7 @@ class Broker:
 
         def change(tx: Transaction) -> None:
             tx.add_veto(veto.contract, veto.party, envelope.to_json())
-            entry = VetoEntry(time=self._time(), contract=veto.contract, party=veto.party)
+            entry = VetoEntry(time=self.time(), contract=veto.contract, party=veto.party)
             self.record(tx, entry)
 
         self.write(change)
@@ -429,7 +259,7 @@ class Broker:
     def contract(self, digest: str) -> ContractView:
         """A contract with its parties, manifests, signatures and vetoes.
 
-        The digest is the permission: it is known to the parties and to whom they told.
+        Not a secret: the log, which anyone may read, names contracts by digest.
         """
         with self.store.read() as tx:
             record = load_contract(tx, digest)
@@ -498,7 +328,3 @@ class Broker:
             review=review,
         )
         return facts, rows
-
-    def close(self) -> None:
-        with contextlib.suppress(Exception):
-            self.store.close()

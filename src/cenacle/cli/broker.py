@@ -82,6 +82,7 @@ def start(
             path = folder / "identity.json"
             write_file(path, canonical_json(identity.to_fields()))
             token = broker.owner_token()
+            broker.tidy()
             fields = {
                 "url": identity.url,
                 "digest": identity.digest,
