@@ -7,8 +7,10 @@ import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from cenacle.broker.app import create_app
 from cenacle.broker.service import Broker
@@ -36,10 +38,19 @@ def bind(host: str, port: int) -> socket.socket:
         ) from None
 
 
+class _Quiet(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+    """uvicorn's protocol without its access log, whatever the process's logging is set to."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.access_log = False  # paths name parties and contracts
+
+
 def _server(broker: Broker, files: TlsFiles) -> uvicorn.Server:
     config = uvicorn.Config(
         create_app(broker),
-        log_config=None,  # no access log: paths name contracts
+        http=_Quiet,
+        log_config=None,
         access_log=False,
         server_header=False,
         lifespan="on",

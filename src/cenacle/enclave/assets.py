@@ -10,7 +10,7 @@ from cenacle.documents.asset import Asset
 from cenacle.errors import CenacleError, InputError, SealError
 from cenacle.sealing import SealedReader, TableReader, TensorReader, verify_digest
 
-__all__ = ["AssetReader", "asset_path", "check_files", "open_asset"]
+__all__ = ["AssetReader", "asset_path", "check_files", "open_asset", "reader_for"]
 
 AssetReader = TableReader | TensorReader | SealedReader
 
@@ -57,7 +57,12 @@ def open_asset(asset: Asset, path: Path, key: SecretBytes) -> AssetReader:
             found=reader.kind,
             expected=asset.content,
         )
-    match asset.content:
+    return reader_for(reader)
+
+
+def reader_for(reader: SealedReader) -> AssetReader:
+    """The reader that fits the content: of a table, of tensors, or the plain one."""
+    match reader.kind:
         case "table":
             return TableReader(reader)
         case "tensors":

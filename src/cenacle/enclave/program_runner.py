@@ -26,7 +26,7 @@ from cenacle.errors import InputError
 from cenacle.sealing import PackageFinder, SealedReader, read_package
 from cenacle.sealing.safetensors_format import check_name
 
-__all__ = ["Program", "encode_value", "load"]
+__all__ = ["OutputRules", "Program", "encode_value", "load"]
 
 
 def encode_value(name: str, kind: str, value: Any) -> bytes:
@@ -65,6 +65,34 @@ def _array(name: object, value: Any) -> NDArray[Any]:
             expected="integers, floats or booleans",
         )
     return array
+
+
+class OutputRules:
+    """Each of a contract's outputs once, of its kind, and no other.
+
+    Args:
+        kinds: kind by name.
+    """
+
+    def __init__(self, kinds: Mapping[str, str]) -> None:
+        self._kinds = dict(kinds)
+        self._given: set[str] = set()
+
+    def encode(self, name: str, value: Any) -> bytes:
+        """The value as bytes; from then on the output counts as given.
+
+        Raises:
+            InputError: there is no such output, it was given already, or is of another kind.
+        """
+        if name not in self._kinds or name in self._given:
+            raise InputError(
+                "the contract expects no such output, or it was given already",
+                found=name,
+                expected=", ".join(sorted(set(self._kinds) - self._given)) or "no more outputs",
+            )
+        payload = encode_value(name, self._kinds[name], value)
+        self._given.add(name)
+        return payload
 
 
 @dataclass(frozen=True)
@@ -113,21 +141,12 @@ def load(
 def _context(
     job: Mapping[str, Any], readers: Mapping[str, AssetReader], connection: socket.socket
 ) -> JobContext:
-    kinds: dict[str, str] = job["outputs"]
-    given: set[str] = set()
+    rules = OutputRules(job["outputs"])
 
     def report(done: int, total: int) -> None:
         send_frame(connection, {"kind": "progress", "done": int(done), "total": int(total)})
 
     def emit(name: str, value: Any) -> None:
-        if name not in kinds or name in given:
-            raise InputError(
-                "the contract expects no such output, or it was given already",
-                found=name,
-                expected=", ".join(sorted(set(kinds) - given)) or "no more outputs",
-            )
-        payload = encode_value(name, kinds[name], value)
-        given.add(name)
-        send_frame(connection, {"kind": "output", "name": name}, payload)
+        send_frame(connection, {"kind": "output", "name": name}, rules.encode(name, value))
 
-    return JobContext(readers, job["parameters"], kinds, report, emit)
+    return JobContext(readers, job["parameters"], job["outputs"], report, emit)

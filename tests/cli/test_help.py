@@ -1,0 +1,79 @@
+"""What every command has: a help text with an example, ``--json``, documented exit codes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import typer.main
+
+from cenacle import errors
+from cenacle.cli.main import app
+from cenacle.cli.output import EXIT_CODES
+
+ROOT: Any = typer.main.get_command(app)
+
+
+def _commands(group: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from _commands(command, (*path, name))
+        else:
+            yield (*path, name), command
+
+
+COMMANDS = dict(_commands(ROOT))
+
+
+def test_the_verbs_of_the_program_are_these() -> None:
+    assert sorted(" ".join(path) for path in COMMANDS) == sorted(
+        """abandon
+broker invite
+broker pin
+broker show
+broker start
+contracts
+demo hospitals
+draft
+enclave layers
+enclave measure
+log
+open
+party list
+party new
+party register
+party show
+propose
+review
+run
+seal
+sign
+terms check
+terms new
+verify
+veto""".splitlines()
+    )
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
+def test_every_command_explains_itself_with_an_example_of_its_own(path: tuple[str, ...]) -> None:
+    command = COMMANDS[path]
+    assert command.help
+    assert f"cenacle {' '.join(path)}" in command.epilog
+    assert command.epilog.startswith("Example")
+    for parameter in command.params:
+        assert getattr(parameter, "help", None), f"{parameter.name} has no help"
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
+def test_every_command_answers_in_json_if_asked(path: tuple[str, ...]) -> None:
+    assert any("--json" in parameter.opts for parameter in COMMANDS[path].params)
+
+
+def test_exit_codes_are_documented_and_are_those_of_the_errors() -> None:
+    assert ROOT.epilog == EXIT_CODES
+    kinds = [getattr(errors, name) for name in errors.__all__]
+    for code in {kind.exit_code for kind in kinds}:
+        assert f"{code} " in EXIT_CODES.replace("\n", " ")
+    assert sorted({kind.exit_code for kind in kinds}) == [1, 2, 3, 4, 5, 6, 7]

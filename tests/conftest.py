@@ -1,0 +1,48 @@
+"""Fixtures that more than one package's tests use."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# Under --import-mode=importlib nothing makes tests/support importable unless pytest was
+# started with ``python -m pytest`` from the repository's root.
+_ROOT = str(Path(__file__).parent.parent)
+if _ROOT not in sys.path:
+    sys.path.append(_ROOT)
+
+from tests.support.house import House, Sealed, Trap, house_at, patient_rows  # noqa: E402
+
+# A busy machine is no failure: nothing here asserts how long a thing takes.
+settings.register_profile("cenacle", deadline=None)
+settings.load_profile("cenacle")
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+    """A served broker with two hospitals, a lab and a clinic; one for each test module."""
+    with house_at(tmp_path_factory.mktemp("house")) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def patients(house: House) -> dict[str, Sealed]:
+    """The two hospitals' sealed tables, by alias, for recipes."""
+    sealed = {}
+    for seed, alias in enumerate(("a", "b"), 1):
+        source = house.folder / f"patients-{alias}.csv"
+        source.write_text(patient_rows(60, seed=seed))
+        sealed[alias] = house.seal(f"hospital-{alias}", source)
+    return sealed
+
+
+@pytest.fixture
+def trap(house: House) -> Iterator[Trap]:
+    """Kills the enclave at a chosen request to the broker."""
+    house.trap = Trap()
+    yield house.trap
+    house.trap = None

@@ -1,0 +1,62 @@
+"""The hospitals' demonstration, as a user plays it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch", reason="recipes need torch (pip: cenacle[train])")
+pytest.importorskip("sklearn", reason="the data comes with scikit-learn (pip: cenacle[demo])")
+
+HOSPITALS = ("hospital-a", "hospital-b", "hospital-c")
+
+
+@pytest.mark.processes
+def test_the_demonstration_plays_and_its_figures_are_the_last_line(tmp_path: Path) -> None:
+    folder = tmp_path / "demo"
+    environment = {n: v for n, v in os.environ.items() if n != "CENACLE_HOME"}
+    played = subprocess.run(
+        [sys.executable, "-m", "cenacle", "demo", "hospitals", "--json", "--dir", str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+        cwd=tmp_path,
+    )
+    assert played.returncode == 0, played.stderr
+    figures = json.loads(played.stdout.splitlines()[-1])
+    assert sorted(figures) == ["accuracy_pooled", "accuracy_single", "receipt", "seconds"]
+    assert len(figures["accuracy_single"]) == 3
+    assert all(figures["accuracy_pooled"] > alone for alone in figures["accuracy_single"])
+    assert figures["seconds"] > 0
+
+    # Every command was shown as it ran, on the other stream.
+    for words in ("party new", "seal records.csv", "propose", "review", "sign", "run", "verify"):
+        assert f"cenacle {words}" in played.stderr
+    assert "Traceback" not in played.stderr
+
+    receipt = Path(figures["receipt"])
+    assert receipt.is_file()
+    verified = subprocess.run(
+        [sys.executable, "-m", "cenacle", "verify", str(receipt), "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**environment, "CENACLE_HOME": str(folder / "hospital-b" / "home")},
+    )
+    assert verified.returncode == 0, verified.stdout
+    found = json.loads(verified.stdout.splitlines()[-1])
+    assert found["protection"] == "simulated"
+    assert set(found["inputs"]) == set(HOSPITALS)
+    assert found["signed"] == list(HOSPITALS)
+
+    # The clinic opened the model; nobody else has plaintext of anybody's records.
+    assert (folder / "clinic" / "model.safetensors").is_file()
+    row = (folder / "hospital-a" / "records.csv").read_text().splitlines()[1]
+    others = (p for p in folder.rglob("*") if p.is_file() and p.name != "records.csv")
+    assert not [p for p in others if row.encode() in p.read_bytes()]

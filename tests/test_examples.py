@@ -1,0 +1,73 @@
+"""Every example runs as its first lines say, and gives what they promise."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cenacle.enclave.sandbox import probe
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("examples")]
+
+
+def _run(script: str, folder: Path) -> list[str]:
+    """Run an example in an empty folder; returns the lines of its output."""
+    folder.mkdir()
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / script), str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=folder,
+        env={n: v for n, v in os.environ.items() if n != "CENACLE_HOME"},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_every_script_is_tested() -> None:
+    scripts = {str(p.relative_to(EXAMPLES)) for p in EXAMPLES.rglob("*.py")}
+    assert scripts == {
+        "library_use.py",
+        "program_job/play.py",
+        "program_job/program/main.py",
+        "seal_and_read.py",
+    }
+
+
+def test_seal_and_read(tmp_path: Path) -> None:
+    lines = _run("seal_and_read.py", tmp_path / "x")
+    assert lines[0].startswith("sealed 8,000,800 bytes of tensors")
+    assert lines[-2] == "oldest of a hundred: 89"
+    assert lines[-1].startswith("one bit flipped: ")
+
+
+def test_library_use(tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason="recipes need torch (pip: cenacle[train])")
+    metrics = json.loads(_run("library_use.py", tmp_path / "x")[-1])
+    assert metrics["pooled"]["accuracy"] > 0.8
+    assert set(metrics["rows"]) == {"a", "b"}
+
+
+@pytest.mark.skipif(
+    any(s.missing for s in probe() if s.name in {"landlock", "seccomp"}),
+    reason="programs need the layers landlock and seccomp",
+)
+def test_program_job(tmp_path: Path) -> None:
+    statistics = json.loads(_run("program_job/play.py", tmp_path / "x")[-1])
+    assert statistics["patients"] == 120
+    assert 55 < statistics["columns"]["age"]["mean"] < 65
+    rows = [
+        tuple(map(float, line.split(",")))
+        for name in ("hospital-a", "hospital-b")
+        for line in (tmp_path / "x" / name / "patients.csv").read_text().splitlines()[1:]
+    ]
+    mean = sum(age for age, _ in rows) / len(rows)
+    assert statistics["columns"]["age"]["mean"] == pytest.approx(mean, abs=1e-5)
