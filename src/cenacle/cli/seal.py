@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from cenacle.cli.home import Home, write_file
+from cenacle.broker.client import BrokerClient
+from cenacle.cli.home import Home, PartyKeys, write_file
 from cenacle.cli.options import AsOption, BrokerOption, OutOption
 from cenacle.cli.output import JsonOption, errors_in_words, finish, line, progress_bar
 from cenacle.crypto import SecretBytes
@@ -18,7 +21,10 @@ from cenacle.documents.dsse import Envelope
 from cenacle.documents.terms import Terms
 from cenacle.errors import ConflictError
 
-__all__ = ["manifest_path", "seal"]
+if TYPE_CHECKING:
+    from cenacle.sealing import SealedInfo
+
+__all__ = ["SealedAsset", "manifest_path", "seal", "seal_asset"]
 
 
 def manifest_path(sealed: Path) -> Path:
@@ -35,6 +41,83 @@ def _require_new(target: Path) -> None:
             expected="a name without a manifest",
             remedy="choose another --out, or remove both files if no contract uses that asset",
         )
+
+
+@dataclass(frozen=True)
+class SealedAsset:
+    """A sealed file whose key is with the broker, and its signed manifest."""
+
+    asset: Asset
+    info: SealedInfo
+    sealed: Path
+    manifest: Path
+
+
+def seal_asset(
+    keys: PartyKeys,
+    client: BrokerClient,
+    source: Path,
+    target: Path,
+    terms: Terms,
+    *,
+    name: str | None = None,
+    type_: Literal["dataset", "model"] | None = None,
+    kind: str | None = None,
+    replaces: str | None = None,
+    allow_missing: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> SealedAsset:
+    """Seal a file or a program's directory under a fresh key and hand the key to the broker.
+
+    Args:
+        source: what :func:`cenacle.sealing.seal_path` takes.
+        target: the sealed file; its manifest appears beside it.
+        name: of the asset; by default the file's.
+        kind: what the content must become; ``file`` seals the bytes as they are.
+
+    Raises:
+        ConflictError: an asset is sealed under that name already.
+        InputError, DataError: the source cannot be sealed.
+        CenacleError: the broker did not take the key; the sealed file is removed again.
+    """
+    from cenacle.sealing import seal_path
+
+    _require_new(target)
+    with SecretBytes.random(32) as key:
+        info = seal_path(
+            source, target, key, kind=kind, allow_missing=allow_missing, progress=progress
+        )
+        program = source.is_dir()
+        try:
+            asset = Asset.from_fields(
+                {
+                    "name": name or _as_name(source),
+                    "owner": keys.party.name,
+                    "owner_digest": keys.party.digest,
+                    "type": "program" if program else (type_ or "dataset"),
+                    "content": info.kind,
+                    "container": {
+                        "header": info.header_digest,
+                        "digest": info.digest,
+                        "size": info.size,
+                        "plaintext_bytes": info.plaintext_bytes,
+                    },
+                    "layout": {} if program else info.schema,
+                    "package": info.schema.get("package") if program else None,
+                    "broker": client.identity.digest,
+                    "terms": terms.to_fields(),
+                    "replaces": replaces,
+                    "created": format_time(datetime.now(UTC)),
+                }
+            )
+            envelope = Envelope.sign(asset, keys.signing_key)
+            client.deposit(envelope, key, keys.signing_key)
+        except BaseException:
+            target.unlink(missing_ok=True)  # its key is gone: nobody could ever open it
+            raise
+    manifest = manifest_path(target)
+    write_file(manifest, envelope.to_json().encode())
+    return SealedAsset(asset, info, target, manifest)
 
 
 def seal(
@@ -74,55 +157,28 @@ def seal(
 
     The key goes to the pinned broker only, wrapped and bound to this manifest and its terms.
     """
-    from cenacle.sealing import seal_path
-
     with errors_in_words(json_):
         home = Home.default()
         keys = home.party(as_)
         stated = Terms.from_yaml(terms.read_bytes())
         target = out or source.with_name(source.name + ".sealed")
-        _require_new(target)
-        kind = "program" if source.is_dir() else (type_ or "dataset")
-        with home.client(broker) as client, SecretBytes.random(32) as key:
+        with home.client(broker) as client:
             client.check_identity()
             with progress_bar(f"sealing {source.name}", not json_) as bar:
-                info = seal_path(
+                sealed = seal_asset(
+                    keys,
+                    client,
                     source,
                     target,
-                    key,
+                    stated,
+                    name=name,
+                    type_=type_,
                     kind="file" if opaque else None,
+                    replaces=replaces,
                     allow_missing=allow_missing,
                     progress=bar.report,
                 )
-            try:
-                asset = Asset.from_fields(
-                    {
-                        "name": name or _as_name(source),
-                        "owner": as_,
-                        "owner_digest": keys.party.digest,
-                        "type": kind,
-                        "content": info.kind,
-                        "container": {
-                            "header": info.header_digest,
-                            "digest": info.digest,
-                            "size": info.size,
-                            "plaintext_bytes": info.plaintext_bytes,
-                        },
-                        "layout": info.schema if kind != "program" else {},
-                        "package": info.schema.get("package"),
-                        "broker": client.identity.digest,
-                        "terms": stated.to_fields(),
-                        "replaces": replaces,
-                        "created": format_time(datetime.now(UTC)),
-                    }
-                )
-                envelope = Envelope.sign(asset, keys.signing_key)
-                client.deposit(envelope, key, keys.signing_key)
-            except BaseException:
-                target.unlink(missing_ok=True)  # its key is gone: nobody could ever open it
-                raise
-        manifest = manifest_path(target)
-        write_file(manifest, envelope.to_json().encode())
+        asset, info, manifest = sealed.asset, sealed.info, sealed.manifest
         fields = {
             "asset": asset.digest,
             "sealed": str(target),

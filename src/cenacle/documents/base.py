@@ -105,7 +105,7 @@ def parse_time(text: str) -> datetime:
             "a time has the wrong form", found=repr(text), expected="2027-01-31T12:00:00Z"
         )
     try:
-        return datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
+        return datetime.fromisoformat(text)  # of this one form; ten times as fast as strptime
     except ValueError:
         raise DocumentError("a time does not exist", found=repr(text)) from None
 
