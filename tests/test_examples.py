@@ -44,7 +44,7 @@ def test_every_script_is_tested() -> None:
 
 def test_seal_and_read(tmp_path: Path) -> None:
     lines = _run("seal_and_read.py", tmp_path / "x")
-    assert lines[0].startswith("sealed 8,000,800 bytes of tensors")
+    assert lines[0].startswith("sealed 8,000,992 bytes of tensors")
     assert lines[-2] == "oldest of a hundred: 89"
     assert lines[-1].startswith("one bit flipped: ")
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from cenacle.cli import output
 from cenacle.cli.main import app
 from tests.support.house import House
 
@@ -34,7 +35,8 @@ class Answer:
 def invoke(home: Path, arguments: tuple[object, ...], fed: str | None = None) -> Answer:
     """One command with its home folder."""
     # Wide, so that words are found in one piece; narrow terminals have a test of their own.
-    environment = {"CENACLE_HOME": str(home), "COLUMNS": "200", "TERM": "dumb"}
+    output.console.width = output._errors.width = 200
+    environment = {"CENACLE_HOME": str(home)}
     result = CliRunner().invoke(app, [str(a) for a in arguments], input=fed, env=environment)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception

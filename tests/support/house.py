@@ -13,7 +13,6 @@ import json
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -35,19 +34,17 @@ from cenacle.broker.store import Store
 from cenacle.broker.tls import ensure_certificate
 from cenacle.cli.enclave import measure_here
 from cenacle.cli.home import Home, PartyKeys
-from cenacle.cli.seal import manifest_path
-from cenacle.crypto import SecretBytes
+from cenacle.cli.seal import seal_asset
 from cenacle.documents.asset import Asset
-from cenacle.documents.base import format_time, unb64
+from cenacle.documents.base import unb64
 from cenacle.documents.contract import Contract
-from cenacle.documents.dsse import Envelope
 from cenacle.documents.receipt import OutputRecord
 from cenacle.documents.terms import Terms
 from cenacle.enclave.channel import Failed, Finished, Message, Progress, Stage
 from cenacle.enclave.launcher import LaunchRequest, ProcessLauncher, RunningEnclave
 from cenacle.enclave.sandbox import SandboxPlan, plan
 from cenacle.errors import CenacleError
-from cenacle.sealing import SealedReader, seal_path
+from cenacle.sealing import SealedReader
 
 __all__ = ["House", "Outcome", "Sealed", "Trap", "house_at", "patient_rows", "recipe_job"]
 
@@ -198,36 +195,17 @@ class House:
         self, owner: str, source: Path, *, allow_missing: bool = False, **terms: Any
     ) -> Sealed:
         """Seal a file or a program's folder, sign its manifest, deposit its key."""
-        keys = self.parties[owner]
         name = self.fresh(f"{owner}-asset")
-        target = self.folder / owner / f"{name}.sealed"
-        with SecretBytes.random(32) as key:
-            info = seal_path(source, target, key, allow_missing=allow_missing)
-            program = source.is_dir()
-            asset = Asset.from_fields(
-                {
-                    "name": name,
-                    "owner": owner,
-                    "owner_digest": keys.party.digest,
-                    "type": "program" if program else "dataset",
-                    "content": info.kind,
-                    "container": {
-                        "header": info.header_digest,
-                        "digest": info.digest,
-                        "size": info.size,
-                        "plaintext_bytes": info.plaintext_bytes,
-                    },
-                    "layout": {} if program else info.schema,
-                    "package": info.schema.get("package"),
-                    "broker": self.identity.digest,
-                    "terms": Terms.from_fields({**TERMS, **terms}).to_fields(),
-                    "created": format_time(datetime.now(UTC)),
-                }
-            )
-            envelope = Envelope.sign(asset, keys.signing_key)
-            self.client.deposit(envelope, key, keys.signing_key)
-        manifest_path(target).write_text(envelope.to_json())
-        return Sealed(asset, target)
+        made = seal_asset(
+            self.parties[owner],
+            self.client,
+            source,
+            self.folder / owner / f"{name}.sealed",
+            Terms.from_fields({**TERMS, **terms}),
+            name=name,
+            allow_missing=allow_missing,
+        )
+        return Sealed(made.asset, made.sealed)
 
     def program(self, source: str, *, data: str | None = None, **terms: Any) -> Sealed:
         """A program of the lab's: one module ``main`` with this source."""

@@ -15,11 +15,14 @@ from cenacle.attestation.binding import report_data
 from cenacle.attestation.claims import Evidence
 from cenacle.attestation.registry import VerifierSet
 from cenacle.attestation.simulated import InstallationKey, SimulatedAttester, SimulatedVerifier
-from cenacle.broker.identity import BrokerKeys
+from cenacle.broker.client import BrokerClient
+from cenacle.broker.identity import BrokerIdentity, BrokerKeys
 from cenacle.broker.messages import (
     AssetDeposit,
     AssetUpload,
     CheckpointRecord,
+    ContractView,
+    Invitation,
     PartyRequest,
     Registration,
     ReleaseRequest,
@@ -465,6 +468,72 @@ class World:
         self.broker.close()
 
 
+class _RemoteBroker:
+    """What a :class:`World` asks of its broker, asked over the network."""
+
+    def __init__(self, client: BrokerClient, token: str | None) -> None:
+        self.client = client
+        self.identity = client.identity
+        self._token = token
+
+    def owner_token(self) -> str | None:
+        token, self._token = self._token, None
+        return token
+
+    def register(self, registration: Registration) -> None:
+        self.client.register(Envelope.from_fields(registration.party), registration.token)
+
+    def invite(self, request: Envelope) -> Invitation:
+        return Invitation.from_fields(self.client._post(request.to_fields(), "invitations"))
+
+    def deposit(self, upload: AssetUpload) -> None:
+        self.client._post(upload.to_fields(), "assets")
+
+    def propose(self, envelope: Envelope) -> Envelope:
+        self.client._post(envelope.to_fields(), "contracts")
+        return envelope
+
+    def contract(self, digest: str) -> ContractView:
+        return self.client.contract_view(digest)
+
+    def add_signature(self, digest: str, upload: SignatureUpload) -> None:
+        self.client._post(upload.to_fields(), "contracts", digest, "signatures")
+
+    def close(self) -> None:
+        self.client.close()
+
+
+class _RemoteDesk:
+    """The same for the desk."""
+
+    def __init__(self, client: BrokerClient) -> None:
+        self.client = client
+        self.nonce, self.release = client.nonce, client.release
+        self.settle, self.open_run = client.settle, client.open_run
+
+    def checkpoint(self, envelope: Envelope) -> None:
+        self.client._post(envelope.to_fields(), "checkpoints")
+
+
+class RemoteWorld(World):
+    """The same world around a broker in another process, which may die at any moment."""
+
+    def __init__(self, folder: Path, target: str) -> None:
+        super().__init__(folder, target, real_time)
+
+    def start(self) -> None:
+        """Nothing yet: :meth:`connect` says where the process is."""
+
+    def connect(self, identity: dict[str, Any], token: str | None) -> BrokerClient:
+        if hasattr(self, "broker"):
+            self.broker.close()
+        client = BrokerClient(BrokerIdentity.from_fields(identity), timeout=30)
+        remote: Any = _RemoteBroker(client, token)
+        desk: Any = _RemoteDesk(client)
+        self.broker, self.desk = remote, desk
+        return client
+
+
 def _world(folder: Path, target: str, clock: Callable[[], datetime] | None = None) -> World:
     world = World(folder, target, clock)
     for name in ("hospital-a", "hospital-b", "clinic"):
@@ -500,6 +569,15 @@ def live_world(tmp_path: Path) -> Iterator[World]:
     made = _world(tmp_path, f"sqlite:///{tmp_path}/broker.db", real_time)
     yield made
     made.close()
+
+
+@pytest.fixture
+def remote_world(tmp_path: Path, store_target: str) -> Iterator[RemoteWorld]:
+    """Nobody yet, on SQLite and on PostgreSQL."""
+    made = RemoteWorld(tmp_path, store_target)
+    yield made
+    if hasattr(made, "broker"):
+        made.close()
 
 
 @pytest.fixture

@@ -187,3 +187,19 @@ def test_brokers_on_one_database_share_their_nonces(any_world: Any) -> None:
     ReleaseDesk(world.broker).release(request)
     with pytest.raises(EvidenceError):
         ReleaseDesk(world.broker).release(request)
+
+
+def test_spent_nonces_are_forgotten_only_when_they_have_expired(world: Any) -> None:
+    enclave = world.enclave(world.agree())
+    request = enclave.request()
+    enclave.settle(world.desk.release(request).run)
+    world.clock.turn(seconds=LIFETIME.seconds)
+    world.broker.tidy()
+    with pytest.raises(EvidenceError, match="shown before"):
+        world.desk.release(request)
+    world.clock.turn(days=2)
+    assert world.broker.tidy() >= 1
+    before = world.state()
+    with pytest.raises(RefusedError, match="nonce has expired"):
+        world.desk.release(request)
+    assert world.state() == before

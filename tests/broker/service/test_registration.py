@@ -306,3 +306,16 @@ def test_a_request_without_a_signature(world: Any) -> None:
         world.broker.invite(unsigned)
     with pytest.raises(DocumentError):
         world.broker.invite(world.owner.envelope)
+
+
+def test_spent_requests_are_forgotten_only_when_they_are_stale(world: Any) -> None:
+    request = world.request_of(world.owner, "invite")
+    world.broker.invite(request)
+    world.clock.turn(minutes=5)
+    assert world.broker.tidy() == 0
+    with pytest.raises(ConflictError):
+        world.broker.invite(request)
+    world.clock.turn(days=2)
+    assert world.broker.tidy() >= 1
+    with pytest.raises(SignatureError, match="not fresh"):
+        world.broker.invite(request)

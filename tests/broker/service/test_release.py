@@ -251,6 +251,7 @@ def test_who_abandons_a_run(world: Any, refused: Refused) -> None:
     assert isinstance(error, InputError)
     request = world.request_of(world.actors["clinic"], "abandon", run)
     world.desk.abandon(request)
+    assert world.kinds()[-1] == "abandonment"
     again = world.enclave(digest).release()
     assert again.run != run
     # Replaying the request does not reach the next run, nor does it abandon twice.
