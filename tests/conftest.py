@@ -15,11 +15,20 @@ _ROOT = str(Path(__file__).parent.parent)
 if _ROOT not in sys.path:
     sys.path.append(_ROOT)
 
+from cenacle.enclave.sandbox import probe  # noqa: E402
 from tests.support.house import House, Sealed, Trap, house_at, patient_rows  # noqa: E402
 
 # A busy machine is no failure: nothing here asserts how long a thing takes.
 settings.register_profile("cenacle", deadline=None)
 settings.load_profile("cenacle")
+
+
+@pytest.fixture(scope="session")
+def program_layers() -> None:
+    """Skips where the sandbox cannot confine a program."""
+    needed = [status for status in probe() if status.name in {"landlock", "seccomp"}]
+    if missing := [f"{status.name}: {status.missing}" for status in needed if status.missing]:
+        pytest.skip("programs need the layers landlock and seccomp; " + "; ".join(missing))
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,6 @@ import yaml
 from typer.testing import CliRunner
 
 from cenacle.cli.main import app
-from cenacle.enclave.sandbox import probe
 from tests.support.house import TERMS, patient_rows, recipe_job
 
 pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("canary")]
@@ -334,10 +333,7 @@ def test_a_recipe_that_fails_on_the_record_does_not_quote_it(
     assert _found_in(world) == []
 
 
-@pytest.mark.skipif(
-    any(s.missing for s in probe() if s.name in {"landlock", "seccomp"}),
-    reason="programs need the layers landlock and seccomp",
-)
+@pytest.mark.usefixtures("program_layers")
 @pytest.mark.parametrize(
     ("end", "code"),
     [

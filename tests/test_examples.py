@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from cenacle.enclave.sandbox import probe
-
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("examples")]
@@ -56,10 +54,7 @@ def test_library_use(tmp_path: Path) -> None:
     assert set(metrics["rows"]) == {"a", "b"}
 
 
-@pytest.mark.skipif(
-    any(s.missing for s in probe() if s.name in {"landlock", "seccomp"}),
-    reason="programs need the layers landlock and seccomp",
-)
+@pytest.mark.usefixtures("program_layers")
 def test_program_job(tmp_path: Path) -> None:
     statistics = json.loads(_run("program_job/play.py", tmp_path / "x")[-1])
     assert statistics["patients"] == 120

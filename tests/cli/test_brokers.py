@@ -99,6 +99,9 @@ def test_the_first_start_gives_one_owner_token_and_later_starts_none(
     lines = [second.line() for _ in range(5)]
     # Every digest stands whole on its line, even on a narrow screen.
     assert any(told["digest"] in line for line in lines)
+    # It has another port now, and the keys that were pinned.
+    assert alone("broker", "pin", identity).code == 0
+    assert alone("broker", "show", "--json").json["digest"] == told["digest"]
     out, err, code = second.end(signal.SIGINT)
     assert "token" not in "".join(lines) + out
     assert "simulated evidence protects from nobody with root" in lines[-1]

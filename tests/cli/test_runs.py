@@ -14,17 +14,13 @@ from typing import Any
 import pytest
 
 from cenacle.broker.identity import BrokerKeys
-from cenacle.enclave.sandbox import probe
 from tests.support.house import House, Sealed, Trap, patient_rows, recipe_job
 
 Command = Callable[..., Any]
 
 pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("runs")]
 
-_PROGRAMS = pytest.mark.skipif(
-    any(s.missing for s in probe() if s.name in {"landlock", "seccomp"}),
-    reason="programs need the layers landlock and seccomp",
-)
+_PROGRAMS = pytest.mark.usefixtures("program_layers")
 
 
 @dataclass(frozen=True)

@@ -404,6 +404,17 @@ def test_a_malformed_request(
     assert isinstance(refused(lambda: enclave.release(**changes)), kind)
 
 
-def test_a_contract_that_nobody_proposed_has_no_nonce(world: Any) -> None:
-    with pytest.raises(InputError, match="not known"):
-        world.desk.nonce(OTHER)
+@pytest.mark.parametrize("name", ["", "x", OTHER[:-1], OTHER.upper(), OTHER + "\n", "\x00"])
+def test_what_is_no_digest_has_no_nonce(world: Any, name: str) -> None:
+    with pytest.raises(InputError, match="named by its digest"):
+        world.desk.nonce(name)
+
+
+def test_a_nonce_of_a_contract_that_nobody_proposed_is_of_no_use(
+    world: Any, refused: Refused
+) -> None:
+    enclave = world.enclave(world.agree())
+    enclave.contract = OTHER
+    error = refused(lambda: enclave.release())
+    assert isinstance(error, InputError)
+    assert "not known to this broker" in str(error)

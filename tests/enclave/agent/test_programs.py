@@ -15,7 +15,7 @@ import safetensors.numpy
 
 from cenacle.enclave.channel import Message, Progress
 from cenacle.enclave.launcher import RunningEnclave
-from cenacle.enclave.sandbox import plan, probe
+from cenacle.enclave.sandbox import plan
 from cenacle.errors import EnclaveError, RefusedError
 from tests.support.house import House, Outcome, Sealed, patient_rows
 
@@ -24,11 +24,7 @@ CANARY = "canary-271828"
 pytestmark = [
     pytest.mark.processes,
     pytest.mark.xdist_group("programs"),
-    pytest.mark.skipif(
-        any(s.missing for s in probe() if s.name in {"landlock", "seccomp"}),
-        reason="programs need the layers landlock and seccomp: "
-        + "; ".join(f"{s.name}: {s.missing}" for s in probe() if s.missing),
-    ),
+    pytest.mark.usefixtures("program_layers"),
 ]
 
 

@@ -71,7 +71,7 @@ def test_the_rules_for_outputs_are_the_enclaves(
 
 
 def test_outputs_that_are_missing_are_named(files: dict[str, Path]) -> None:
-    with pytest.raises(EnclaveError, match="Call ctx.output for report"):
+    with pytest.raises(EnclaveError, match=r"Call ctx\.output for report"):
         rehearse(lambda ctx: None, files, {"report": "file"})
 
 
