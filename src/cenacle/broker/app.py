@@ -170,12 +170,7 @@ def create_app(broker: Broker) -> FastAPI:
         return desk.seal(asked, done).to_fields()
 
     async def nonce(contract: str) -> Any:
-        issued = (
-            desk.nonce(contract)
-            if desk.knows(contract)
-            else await threaded(lambda: desk.nonce(contract))
-        )
-        return {"nonce": b64(issued)}
+        return {"nonce": b64(desk.nonce(contract))}
 
     route("/v1/contracts/{contract}/nonce", "GET", nonce)
     route("/v1/releases", "POST", release)

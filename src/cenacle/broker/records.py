@@ -103,7 +103,10 @@ def _asset(text: str, owner: str) -> Asset:
 @_remember
 def _contract(text: str) -> tuple[Contract, Envelope]:
     envelope = Envelope.from_json(text)
-    return envelope.peek(_StoredContract), envelope
+    contract = envelope.peek(_StoredContract)
+    if isinstance(contract.job, RecipeJob):
+        contract.job.program_digest()  # computed now, when it is first read
+    return contract, envelope
 
 
 @_remember

@@ -9,6 +9,7 @@ and a log entry with or without a key: never a key without them.
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -46,7 +47,7 @@ from cenacle.errors import ConflictError, EvidenceError, InputError, ProofError,
 
 __all__ = ["Asked", "Committed", "ReleaseDesk", "job_context"]
 
-_MAX_KNOWN: Final = 100_000
+_DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}", re.ASCII)
 
 
 def job_context(contract: str, run: str) -> tuple[bytes, ...]:
@@ -96,20 +97,23 @@ class ReleaseDesk:
     def __init__(self, broker: Broker) -> None:
         self.broker = broker
         self._hpke = broker.keys.hpke_key.public_key
-        self._known: set[str] = set()
 
     def nonce(self, contract: str) -> bytes:
-        """A nonce for one attempt to get one contract's keys."""
-        if not self.knows(contract):
-            with self.broker.store.read() as tx:
-                load_contract(tx, contract)
-            if len(self._known) < _MAX_KNOWN:
-                self._known.add(contract)
-        return self.broker.nonces.issue(contract, self.broker.clock())
+        """A nonce for one attempt to get one contract's keys.
 
-    def knows(self, contract: str) -> bool:
-        """Whether :meth:`nonce` needs no store: contracts are never forgotten."""
-        return contract in self._known
+        Nothing is stored and nothing is read for it, so it costs strangers more than the
+        broker. Whether the contract exists is asked when the nonce is used.
+
+        Raises:
+            InputError: it is no digest.
+        """
+        if _DIGEST.fullmatch(contract) is None:
+            raise InputError(
+                "a contract is named by its digest",
+                found=repr(contract[:80]),
+                expected="sha256: and 64 hexadecimal digits",
+            )
+        return self.broker.nonces.issue(contract, self.broker.clock())
 
     # ------------------------------------------------------------------ release
 
