@@ -247,7 +247,10 @@ def _closing_tables(stage: Stage, metrics: dict[str, Any], operator: Actor) -> N
     table = Table(title="\nwhat was protected from whom", title_justify="left", show_lines=True)
     for column in ("what", "protected from", "not protected from"):
         table.add_column(column)
-    root = "root on the operator's machine: [bold]the enclave is SIMULATED[/]"
+    root = (
+        "root on the operator's machine, and the user who starts the enclave: "
+        "[bold]it is SIMULATED[/]"
+    )
     table.add_row(
         "patients' records",
         "the other hospitals, the clinic, the broker's disk, the network; other users of the "
