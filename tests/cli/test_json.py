@@ -14,7 +14,7 @@ from tests.support.house import TERMS, House, Sealed, recipe_job
 
 Command = Callable[..., Any]
 
-pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("contracts")]
+pytestmark = [pytest.mark.processes, pytest.mark.slow, pytest.mark.xdist_group("contracts")]
 
 ZERO = "sha256:" + "0" * 64
 
