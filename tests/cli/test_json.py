@@ -14,7 +14,7 @@ from tests.support.house import TERMS, House, Sealed, recipe_job
 
 Command = Callable[..., Any]
 
-pytestmark = [pytest.mark.processes, pytest.mark.slow, pytest.mark.xdist_group("contracts")]
+pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("json")]
 
 ZERO = "sha256:" + "0" * 64
 
@@ -44,6 +44,9 @@ def files(house: House, patients: dict[str, Sealed]) -> dict[str, Path]:
         "expires": "2036-12-31",
     }
     (folder / "job.yaml").write_text(yaml.safe_dump(job))
+    # Of its own, so that no command here needs another to have run before it.
+    proposal = house.contract(patients, recipe_job(["a", "b"]), {"other": "model"})
+    (folder / "contract.yaml").write_text(proposal.to_yaml())
     return {path.name: path for path in folder.iterdir()} | {"folder": folder}
 
 
@@ -64,8 +67,8 @@ SUCCESSES = {
         ["seal", "{records.csv}", "--terms", "{terms.yaml}", "--as", "hospital-a"],
         "manifest",
     ),
-    "draft": ("operator", ["draft", "{job.yaml}", "--out", "{folder}/contract.yaml"], "contract"),
-    "propose": ("clinic", ["propose", "{folder}/contract.yaml", "--as", "clinic"], "contract"),
+    "draft": ("operator", ["draft", "{job.yaml}", "--out", "{folder}/drafted.yaml"], "contract"),
+    "propose": ("clinic", ["propose", "{contract.yaml}", "--as", "clinic"], "contract"),
     "review": ("lab", ["review", "{contract}"], "clauses"),
     "sign": ("hospital-b", ["sign", "{contract}", "--as", "hospital-b"], "signed"),
     "contracts": ("clinic", ["contracts", "--as", "clinic"], "contracts"),
