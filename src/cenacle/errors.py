@@ -13,10 +13,12 @@ plaintext of an asset: inside an enclave only the class and these fixed words le
     │   ├── SignatureError
     │   ├── SealError                        a sealed container or wrapped key is not genuine
     │   ├── EvidenceError                    evidence was not accepted
-    │   └── ProofError                       a log proof or receipt does not hold
+    │   ├── ProofError                       a log proof or receipt does not hold
+    │   └── IntegrityError                   an accelerator's result is not what was asked for
     ├── RefusedError                exit 4   the rules say no; carries every clause
     ├── ConflictError               exit 5   somebody else came first; nothing was changed
     ├── UnavailableError            exit 6   a broker, disk or service cannot be reached
+    │   └── AcceleratorError                 an accelerator died, hangs or fails
     └── EnclaveError                exit 7   the job failed inside the enclave
 """
 
@@ -25,6 +27,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 __all__ = [
+    "AcceleratorError",
     "CenacleError",
     "ConflictError",
     "DataError",
@@ -32,6 +35,7 @@ __all__ = [
     "EnclaveError",
     "EvidenceError",
     "InputError",
+    "IntegrityError",
     "ProofError",
     "RefusedError",
     "SealError",
@@ -143,6 +147,10 @@ class ProofError(VerificationError):
     """A log proof, tree head or receipt does not hold."""
 
 
+class IntegrityError(VerificationError):
+    """An accelerator's result is not what was asked for."""
+
+
 class RefusedError(CenacleError):
     """The rules say no. ``clauses`` names every clause with found and demanded."""
 
@@ -176,6 +184,10 @@ class UnavailableError(CenacleError):
     exit_code = 6
 
 
+class AcceleratorError(UnavailableError):
+    """An accelerator died, hangs, fails, or answers with something that is no result."""
+
+
 class EnclaveError(CenacleError):
     """The job failed inside the enclave."""
 
@@ -196,7 +208,9 @@ _BY_NAME: dict[str, type[CenacleError]] = {
         ProofError,
         RefusedError,
         ConflictError,
+        IntegrityError,
         UnavailableError,
+        AcceleratorError,
         EnclaveError,
     )
 }
