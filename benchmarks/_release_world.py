@@ -19,6 +19,7 @@ from cenacle.broker.identity import BrokerKeys
 from cenacle.broker.messages import AssetDeposit, AssetUpload, Registration, SignatureUpload
 from cenacle.broker.service import Broker
 from cenacle.broker.store import Store
+from cenacle.cli.demo_hospitals import HOSPITALS, hospital_job
 from cenacle.crypto import HpkePrivateKey, SecretBytes, SigningKey
 from cenacle.documents.asset import Asset
 from cenacle.documents.base import b64, format_time
@@ -26,9 +27,8 @@ from cenacle.documents.contract import Contract, RecipeJob
 from cenacle.documents.dsse import Envelope
 from cenacle.documents.party import Party
 
-__all__ = ["HOSPITALS", "ORIGIN", "Prepared", "postgres", "prepare"]
+__all__ = ["ORIGIN", "Prepared", "postgres", "prepare"]
 
-HOSPITALS: Final = ("hospital-a", "hospital-b", "hospital-c")
 ORIGIN: Final = "benchmark/broker"
 PURPOSE: Final = "breast cancer diagnosis"
 LAYERS: Final = ("no-core-dumps", "seccomp")
@@ -63,7 +63,7 @@ def prepare(folder: Path, target: str, count: int, installation: SigningKey) -> 
         broker = Broker.development(store, keys)
         parties = _parties(broker)
         assets = {name: _deposit(broker, *parties[name]) for name in HOSPITALS}
-        recipe = _job()
+        recipe = RecipeJob.from_fields(hospital_job())
         measurements = {
             name: _measured(name) for name in ("interpreter", "package", "dependencies", "sandbox")
         }
@@ -190,30 +190,6 @@ def _deposit(broker: Broker, owner: Party, signing: SigningKey, _: HpkePrivateKe
         deposit=Envelope.sign(deposit, signing).to_fields(),
     )
     return broker.deposit(upload).digest
-
-
-def _job() -> RecipeJob:
-    return RecipeJob.from_fields(
-        {
-            "type": "recipe",
-            "recipe": {
-                "task": "classification",
-                "data": {
-                    "form": "table",
-                    "assets": list(HOSPITALS),
-                    "target": "diagnosis",
-                    "classes": ["malignant", "benign"],
-                },
-                "model": {"type": "mlp", "hidden": [16]},
-                "optimizer": {"type": "adamw", "learning_rate": 0.01},
-                "epochs": 40,
-                "batch_size": 32,
-                "seed": 7,
-                "holdout": {"fraction": 0.3},
-                "compare_alone": True,
-            },
-        }
-    )
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,3 +56,13 @@ def trap(house: House) -> Iterator[Trap]:
     house.trap = Trap()
     yield house.trap
     house.trap = None
+
+
+@pytest.fixture
+def mnist() -> Path:
+    """The folder of the MNIST files; skips where they are not."""
+    default = Path(_ROOT).parent / "shared" / "datasets"
+    folder = Path(os.environ.get("CENACLE_DATA", default)) / "mnist"
+    if not folder.is_dir():
+        pytest.skip(f"no MNIST files in {folder}; set CENACLE_DATA to the folder that has mnist/")
+    return folder

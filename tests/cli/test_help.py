@@ -71,9 +71,18 @@ def test_every_command_answers_in_json_if_asked(path: tuple[str, ...]) -> None:
     assert any("--json" in parameter.opts for parameter in COMMANDS[path].params)
 
 
+def test_the_program_and_each_group_give_an_example_of_a_command() -> None:
+    groups = {"": ROOT, **{n: c for n, c in ROOT.commands.items() if hasattr(c, "commands")}}
+    assert len(groups) == 6
+    for name, group in groups.items():
+        example = group.epilog.splitlines()[0]
+        assert example.startswith(f"Example: cenacle {name}")
+        assert any(f"cenacle {' '.join(path)}" in example for path in COMMANDS)
+
+
 def test_exit_codes_are_documented_and_are_those_of_the_errors() -> None:
-    assert ROOT.epilog == EXIT_CODES
+    assert ROOT.epilog.endswith(EXIT_CODES)
     kinds = [getattr(errors, name) for name in errors.__all__]
     for code in {kind.exit_code for kind in kinds}:
-        assert f"{code} " in EXIT_CODES.replace("\n", " ")
+        assert f"{code} " in EXIT_CODES
     assert sorted({kind.exit_code for kind in kinds}) == [1, 2, 3, 4, 5, 6, 7]

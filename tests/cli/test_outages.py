@@ -98,29 +98,26 @@ def job(broker: BrokerProcess, alone: Command, tmp_path: Path) -> tuple[str, lis
     return digest, run, out / "checkpoints"
 
 
-def _until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    """Wait for what the job will do; fails if its process ends before."""
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
-
-
-def _start_run(run: list[str], home: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+def _run_until_checkpoint(run: list[str], checkpoints: Path, home: Path) -> subprocess.Popen[str]:
+    """A run in a process of its own that has sealed a checkpoint by now; fails if it ends."""
+    process = subprocess.Popen(
         [sys.executable, "-m", "cenacle", *run, "--json"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=_environment(home),
     )
+    while not any(checkpoints.glob("*.sealed")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    return process
 
 
 def test_a_job_outlives_the_broker_that_is_killed_and_started_again(
     job: tuple[str, list[str], Path], broker: BrokerProcess, alone: Command, tmp_path: Path
 ) -> None:
     _, run, checkpoints = job
-    process = _start_run(run, tmp_path / "home")
-    _until(lambda: any(checkpoints.glob("*.sealed")), process)
+    process = _run_until_checkpoint(run, checkpoints, tmp_path / "home")
     broker.kill()
     broker.start()
     out, err = process.communicate()
@@ -136,8 +133,7 @@ def test_an_operator_that_is_killed_takes_the_enclave_along_and_resumes(
     job: tuple[str, list[str], Path], alone: Command, tmp_path: Path
 ) -> None:
     _, run, checkpoints = job
-    process = _start_run(run, tmp_path / "home")
-    _until(lambda: any(checkpoints.glob("*.sealed")), process)
+    process = _run_until_checkpoint(run, checkpoints, tmp_path / "home")
     members = descendants(process.pid)
     assert len(members) >= 2  # the agent and the process for programs
     process.send_signal(signal.SIGKILL)
@@ -160,8 +156,7 @@ def test_a_broker_that_stays_away_ends_the_job_with_words(
     job: tuple[str, list[str], Path], broker: BrokerProcess, alone: Command, tmp_path: Path
 ) -> None:
     _, run, checkpoints = job
-    process = _start_run(run, tmp_path / "home")
-    _until(lambda: any(checkpoints.glob("*.sealed")), process)
+    process = _run_until_checkpoint(run, checkpoints, tmp_path / "home")
     broker.kill()
     out, _ = process.communicate()
     assert process.returncode == 6

@@ -18,11 +18,12 @@ from cenacle.attestation import Evidence
 from cenacle.documents import Document, Party, Terms
 from cenacle.documents.base import canonical_json, sha256_digest
 from cenacle.errors import CenacleError, DocumentError
+from tests.support.nested import Place, at, leaves, replaced
 
 VECTORS = Path(__file__).parents[1] / "vectors" / "documents"
 
 
-def paths(value: Any, here: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+def paths(value: Any, here: Place = ()) -> list[Place]:
     """The place of every mapping inside ``value``."""
     found = [here] if isinstance(value, dict) else []
     if isinstance(value, dict | list):
@@ -30,12 +31,6 @@ def paths(value: Any, here: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
         for key, item in items:
             found += paths(item, (*here, key))
     return found
-
-
-def at(value: Any, path: tuple[Any, ...]) -> Any:
-    for key in path:
-        value = value[key]
-    return value
 
 
 # Where anything may stand: what a program or an evidence kind defines, and signed envelopes.
@@ -163,24 +158,15 @@ def test_every_value_moves_the_digest(example: tuple[str, Document]) -> None:
     _, document = example
     kind, fields = type(document), document.to_fields()
     moved = 0
-    for path in _leaves(fields):
+    for path in leaves(fields):
         value = at(fields, path)
         for other in _others(value):
-            altered = copy.deepcopy(fields)
-            at(altered, path[:-1])[path[-1]] = other
+            altered = replaced(fields, path, other)
             with contextlib.suppress(DocumentError):
                 assert kind.from_fields(altered).digest != document.digest
                 moved += 1
                 break
     assert moved >= 2
-
-
-def _leaves(value: Any, here: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    if isinstance(value, dict):
-        return [leaf for key, item in value.items() for leaf in _leaves(item, (*here, key))]
-    if isinstance(value, list):
-        return [leaf for i, item in enumerate(value) for leaf in _leaves(item, (*here, i))]
-    return [here]
 
 
 def _others(value: Any) -> list[Any]:
@@ -319,8 +305,7 @@ def test_mutated_documents(examples: dict[str, Document], data: st.DataObject) -
     document = examples[name]
     fields = document.to_fields()
     for _ in range(data.draw(st.integers(1, 2))):
-        leaves = _leaves(fields)
-        path = data.draw(st.sampled_from(leaves))
+        path = data.draw(st.sampled_from(leaves(fields)))
         inner = data.draw(st.integers(1, len(path)))
         place = at(fields, path[: inner - 1])
         place[path[inner - 1]] = data.draw(values)

@@ -7,9 +7,8 @@ code with ``cenacle.sealing``; where the two disagree, one of them is wrong.
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -17,6 +16,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from cenacle.crypto import SecretBytes
+from cenacle.sealing.container import Cipher
 
 KINDS = {"file": 1, "table": 2, "tensors": 3, "package": 4}
 
@@ -103,10 +103,14 @@ def reference_seal_fixture() -> object:
 
 
 @pytest.fixture
-def mnist() -> Path:
-    """The folder of the MNIST files; skips where they are not."""
-    default = Path(__file__).parents[2].parent / "shared" / "datasets"
-    folder = Path(os.environ.get("CENACLE_DATA", default)) / "mnist"
-    if not folder.is_dir():
-        pytest.skip(f"no MNIST files in {folder}; set CENACLE_DATA to the folder that has mnist/")
-    return folder
+def opened_chunks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of all chunks that are decrypted from now on, in order."""
+    opened: list[int] = []
+    genuine = Cipher.open
+
+    def spy(self: Cipher, index: int, record: Any, out: Any) -> None:
+        opened.append(index)
+        genuine(self, index, record, out)
+
+    monkeypatch.setattr(Cipher, "open", spy)
+    return opened

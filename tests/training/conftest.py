@@ -4,11 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
-from sklearn.datasets import load_breast_cancer
 
+from cenacle.cli.demo_hospitals import hospital_patients
 from cenacle.documents.recipe import Recipe
 from cenacle.training import MemoryTable
 
@@ -62,29 +61,9 @@ def tables() -> dict[str, MemoryTable]:
 
 @pytest.fixture(scope="session")
 def hospitals() -> dict[str, MemoryTable]:
-    """scikit-learn's breast cancer data as three hospitals with different case mixes.
-
-    A screening practice sees almost every benign lump and only the largest tumours, a
-    surgical ward the other tumours and only the smallest benign lumps, a referral centre an
-    even sample of both.
-    """
-    data = load_breast_cancer()
-    names = [name.replace(" ", "_") for name in data.feature_names]
-    by_size = np.argsort(data.data[:, names.index("mean_radius")], kind="stable")
-    malignant, benign = by_size[data.target[by_size] == 0], by_size[data.target[by_size] == 1]
-    plain_malignant, plain_benign = malignant[-20:], benign[:60]
-    hard_malignant, hard_benign = malignant[:-20], benign[60:]
-    to_c_benign = np.linspace(0, len(hard_benign) - 1, 7).astype(int)
-    to_c_malignant = np.linspace(0, len(hard_malignant) - 1, 82).astype(int)
-    rows = {
-        "a": [np.delete(hard_benign, to_c_benign), plain_malignant],
-        "b": [np.delete(hard_malignant, to_c_malignant), plain_benign],
-        "c": [hard_benign[to_c_benign], hard_malignant[to_c_malignant]],
+    """The demonstration's three hospitals, each with a case mix of its own."""
+    names, patients = hospital_patients()
+    return {
+        alias: MemoryTable(dict(zip(names, zip(*rows, strict=True), strict=True)))
+        for alias, rows in patients.items()
     }
-    out = {}
-    for alias, parts in rows.items():
-        chosen = np.sort(np.concatenate(parts))
-        columns = {name: data.data[chosen, i] for i, name in enumerate(names)}
-        labels = pa.array(data.target_names[data.target[chosen]].tolist())
-        out[alias] = MemoryTable({**columns, "diagnosis": labels})
-    return out

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sklearn.datasets import load_diabetes, load_digits
 
+from cenacle.cli.demo_hospitals import hospital_job
 from cenacle.documents.recipe import Recipe
 from cenacle.errors import CenacleError, DataError, DocumentError
 from cenacle.training import MemoryTable, MemoryTensors, load_model, predict, train
@@ -26,38 +26,21 @@ Tables = dict[str, MemoryTable]
 
 
 def hospital_recipe(seed: int) -> Recipe:
-    return Recipe.from_fields(
-        {
-            "task": "classification",
-            "data": {
-                "form": "table",
-                "assets": ["a", "b", "c"],
-                "target": "diagnosis",
-                "classes": ["malignant", "benign"],
-            },
-            "model": {"type": "mlp", "hidden": [16]},
-            "optimizer": {"type": "adamw", "learning_rate": 0.01},
-            "epochs": 40,
-            "batch_size": 32,
-            "seed": seed,
-            "holdout": {"fraction": 0.3},
-            "compare_alone": True,
-        }
-    )
+    return Recipe.from_fields({**hospital_job()["recipe"], "seed": seed})
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2, 3])
 def test_hospitals_together_beat_each_alone(hospitals: Tables, seed: int) -> None:
     assert {alias: table.num_rows for alias, table in hospitals.items()} == {
-        "a": 310,
-        "b": 170,
-        "c": 89,
+        "hospital-a": 310,
+        "hospital-b": 170,
+        "hospital-c": 89,
     }
     result = train(hospital_recipe(seed), hospitals)
     metrics = result.metrics
     assert metrics["measured_on"] == "holdout"
     assert metrics["pooled"]["accuracy"] > 0.94
-    alone = [metrics["alone"][alias]["accuracy"] for alias in "abc"]
+    alone = [metrics["alone"][alias]["accuracy"] for alias in hospitals]
     assert metrics["pooled"]["accuracy"] > max(alone) + 0.03
     # All four models are measured on the very same rows.
     held = sum(counts["holdout"] for counts in metrics["rows"].values())
@@ -75,33 +58,40 @@ def test_hospitals_win_for_many_seeds(hospitals: Tables) -> None:
         assert metrics["pooled"]["accuracy"] > alone
 
 
-def test_digits_with_a_cnn() -> None:
-    digits = load_digits()
-    parts = np.array_split(np.arange(len(digits.images)), [900, 1500])
-    sources = {
-        alias: MemoryTensors({"images": digits.images[rows], "labels": digits.target[rows]})
+def three_parts(images: Any, labels: Any, *cuts: int) -> dict[str, MemoryTensors]:
+    """The images and labels of three parties, cut at these rows."""
+    parts = np.array_split(np.arange(len(images)), cuts)
+    return {
+        alias: MemoryTensors({"images": images[rows], "labels": labels[rows]})
         for alias, rows in zip(("a", "b", "c"), parts, strict=True)
     }
-    recipe = Recipe.from_fields(
-        {
-            "task": "classification",
-            "data": {
-                "form": "tensors",
-                "assets": ["a", "b", "c"],
-                "inputs": "images",
-                "labels": "labels",
-                "classes": list(range(10)),
-                "scale": 0.0625,
-            },
-            "model": {"type": "cnn", "channels": [16, 32], "batch_norm": True},
-            "optimizer": {"type": "adam", "learning_rate": 0.005},
-            "schedule": {"type": "cosine"},
-            "epochs": 6,
-            "batch_size": 64,
-            "seed": 1,
-        }
+
+
+def image_recipe(scaling: dict[str, Any], **fields: Any) -> Recipe:
+    """Ten classes of images of :func:`three_parts`, scaled as the keywords of ``data`` say."""
+    data = {
+        "form": "tensors",
+        "assets": ["a", "b", "c"],
+        "inputs": "images",
+        "labels": "labels",
+        "classes": list(range(10)),
+        **scaling,
+    }
+    return Recipe.from_fields({"task": "classification", "data": data, **fields})
+
+
+def test_digits_with_a_cnn() -> None:
+    digits = load_digits()
+    recipe = image_recipe(
+        {"scale": 0.0625},
+        model={"type": "cnn", "channels": [16, 32], "batch_norm": True},
+        optimizer={"type": "adam", "learning_rate": 0.005},
+        schedule={"type": "cosine"},
+        epochs=6,
+        batch_size=64,
+        seed=1,
     )
-    result = train(recipe, sources)
+    result = train(recipe, three_parts(digits.images, digits.target, 900, 1500))
     assert result.metrics["pooled"]["accuracy"] > 0.97
     assert result.metrics["pooled"]["auc"] > 0.99
     model = load_model(result.model_tensors, result.metadata)
@@ -117,40 +107,21 @@ def read_idx(path: Path) -> Any:
 
 
 @pytest.mark.slow
-def test_mnist_with_a_cnn() -> None:
-    root = Path(__file__).resolve().parents[2]
-    folder = Path(os.environ.get("CENACLE_DATA", root.parent / "shared" / "datasets")) / "mnist"
-    if not folder.is_dir():
-        pytest.skip("no MNIST; set CENACLE_DATA to the folder that holds mnist/")
-    images = read_idx(folder / "train-images-idx3-ubyte.gz")
-    labels = read_idx(folder / "train-labels-idx1-ubyte.gz")
-    parts = np.array_split(np.arange(len(images)), [30_000, 50_000])
-    sources = {
-        alias: MemoryTensors({"images": images[rows], "labels": labels[rows]})
-        for alias, rows in zip(("a", "b", "c"), parts, strict=True)
-    }
-    recipe = Recipe.from_fields(
-        {
-            "task": "classification",
-            "data": {
-                "form": "tensors",
-                "assets": ["a", "b", "c"],
-                "inputs": "images",
-                "labels": "labels",
-                "classes": list(range(10)),
-                "standardize": True,
-            },
-            "model": {"type": "cnn", "channels": [16, 32], "hidden": [64]},
-            "optimizer": {"type": "adam", "learning_rate": 0.002},
-            "epochs": 1,
-            "batch_size": 128,
-        }
+def test_mnist_with_a_cnn(mnist: Path) -> None:
+    images = read_idx(mnist / "train-images-idx3-ubyte.gz")
+    labels = read_idx(mnist / "train-labels-idx1-ubyte.gz")
+    recipe = image_recipe(
+        {"standardize": True},
+        model={"type": "cnn", "channels": [16, 32], "hidden": [64]},
+        optimizer={"type": "adam", "learning_rate": 0.002},
+        epochs=1,
+        batch_size=128,
     )
-    result = train(recipe, sources)
+    result = train(recipe, three_parts(images, labels, 30_000, 50_000))
     assert result.metrics["pooled"]["accuracy"] > 0.96
     model = load_model(result.model_tensors, result.metadata)
-    test_images = read_idx(folder / "t10k-images-idx3-ubyte.gz")
-    test_labels = read_idx(folder / "t10k-labels-idx1-ubyte.gz")
+    test_images = read_idx(mnist / "t10k-images-idx3-ubyte.gz")
+    test_labels = read_idx(mnist / "t10k-labels-idx1-ubyte.gz")
     predicted = predict(model, result.metadata, test_images)
     assert np.mean(np.array(predicted.labels) == test_labels) > 0.96
 

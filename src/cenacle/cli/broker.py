@@ -19,11 +19,15 @@ from cenacle.documents.base import canonical_json, parse_json
 
 __all__ = ["app"]
 
-app = typer.Typer(no_args_is_help=True, help="Run a broker, pin one, invite parties.")
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Run a broker, pin one, invite parties.",
+    epilog="Example: cenacle broker pin broker/identity.json",
+)
 
 
 @app.command(
-    epilog="Examples: cenacle broker start --dir broker --name demo/broker --development ;  "
+    epilog="Examples:\n\ncenacle broker start --dir broker --name demo/broker --development\n\n"
     "cenacle broker start --dir broker --name acme/broker --host 10.0.0.5 "
     "--store postgresql:///cenacle"
 )
@@ -52,8 +56,9 @@ def start(
 ) -> None:
     """Serve a broker until interrupted.
 
-    Writes its public identity to DIR/identity.json for parties to pin. The first start prints a
-    one-time owner token: whoever registers with it may invite the other parties.
+    Writes its public identity to DIR/identity.json for parties to pin. The
+    first start prints a one-time owner token: whoever registers with it may
+    invite the other parties.
     """
     from cenacle.broker.identity import BrokerKeys
     from cenacle.broker.server import bind, serve
@@ -143,9 +148,7 @@ def pin(
 def invite(as_: AsOption, broker: BrokerOption = "default", json_: JsonOption = False) -> None:
     """Get a one-time token for one more party (for the broker's owner)."""
     with errors_in_words(json_):
-        home = Home.default()
-        keys = home.party(as_)
-        with home.client(broker) as client:
+        with Home.default().client_as(as_, broker) as (keys, client):
             invitation = client.invite(keys.signing_key, as_)
         finish(
             invitation.to_fields(),

@@ -151,10 +151,8 @@ def propose(
 ) -> None:
     """Send a contract to the broker for its parties to review. Proposing is not signing."""
     with errors_in_words(json_):
-        home = Home.default()
-        keys = home.party(as_)
         contract = Contract.from_yaml(file.read_bytes())
-        with home.client(broker) as client:
+        with Home.default().client_as(as_, broker) as (keys, client):
             digest = client.propose(contract, keys.signing_key)
         finish(
             {"contract": digest, "name": contract.name},
@@ -250,9 +248,7 @@ def sign(
 ) -> None:
     """Sign a contract, after checking that it is the one with this digest."""
     with errors_in_words(json_):
-        home = Home.default()
-        keys = home.party(as_)
-        with home.client(broker) as client:
+        with Home.default().client_as(as_, broker) as (keys, client):
             client.sign(contract, keys.signing_key)
             opened = client.contract(contract)
         finish(
@@ -271,9 +267,7 @@ def veto(
 ) -> None:
     """Stop a contract that gives your party a veto. Only a new contract undoes it."""
     with errors_in_words(json_):
-        home = Home.default()
-        keys = home.party(as_)
-        with home.client(broker) as client:
+        with Home.default().client_as(as_, broker) as (keys, client):
             client.veto(contract, as_, reason, keys.signing_key)
         finish(
             {"contract": contract, "vetoed_by": as_},
@@ -285,9 +279,7 @@ def veto(
 def contracts(as_: AsOption, broker: BrokerOption = "default", json_: JsonOption = False) -> None:
     """List the contracts that your party is in."""
     with errors_in_words(json_):
-        home = Home.default()
-        keys = home.party(as_)
-        with home.client(broker) as client:
+        with Home.default().client_as(as_, broker) as (keys, client):
             found = client.contracts_of(keys.signing_key, as_)
         finish(
             {"contracts": [{"digest": d, "name": n} for d, n in found]},

@@ -11,7 +11,11 @@ from cenacle.cli.output import JsonOption, errors_in_words, finish
 
 __all__ = ["app"]
 
-app = typer.Typer(no_args_is_help=True, help="Play real jobs with the real commands.")
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Play real jobs with the real commands.",
+    epilog="Example: cenacle demo hospitals",
+)
 
 
 @app.callback()
@@ -29,8 +33,9 @@ def hospitals(
 ) -> None:
     """Three hospitals train one model in an enclave; a clinic receives it; all get a receipt.
 
-    The patients are the 569 of scikit-learn's breast-cancer data, split unevenly. Every
-    command is printed as it runs; with --json the same figures end as one JSON object.
+    The patients are the 569 of scikit-learn's breast-cancer data, split
+    unevenly. Every command is printed as it runs; with --json the same figures
+    end as one JSON object.
     """
     from cenacle.cli.demo_hospitals import play
 

@@ -18,7 +18,7 @@ from rich.table import Table
 from cenacle.cli.stage import Actor, BackgroundBroker, Stage
 from cenacle.errors import UnavailableError
 
-__all__ = ["HOSPITALS", "hospital_patients", "play"]
+__all__ = ["HOSPITALS", "hospital_job", "hospital_patients", "play"]
 
 HOSPITALS: Final = ("hospital-a", "hospital-b", "hospital-c")
 _TARGET: Final = "diagnosis"
@@ -81,31 +81,36 @@ def hospital_patients() -> tuple[list[str], dict[str, list[list[Any]]]]:
     }
 
 
-def _job() -> dict[str, Any]:
+def hospital_job() -> dict[str, Any]:
+    """What the contract says is to be done: a recipe, without custom code."""
+    return {
+        "type": "recipe",
+        "recipe": {
+            "task": "classification",
+            "data": {
+                "form": "table",
+                "assets": list(HOSPITALS),
+                "target": _TARGET,
+                "classes": ["malignant", "benign"],
+            },
+            "model": {"type": "mlp", "hidden": [16]},
+            "optimizer": {"type": "adamw", "learning_rate": 0.01},
+            "epochs": 40,
+            "batch_size": 32,
+            "seed": 7,
+            "holdout": {"fraction": 0.3},
+            "compare_alone": True,
+        },
+    }
+
+
+def _draft() -> dict[str, Any]:
     return {
         "name": "diagnosis-model",
         "purpose": "breast cancer diagnosis",
         "parties": [*HOSPITALS, "clinic"],
         "assets": {name: f"../{name}/records.csv.sealed.asset.json" for name in HOSPITALS},
-        "job": {
-            "type": "recipe",
-            "recipe": {
-                "task": "classification",
-                "data": {
-                    "form": "table",
-                    "assets": list(HOSPITALS),
-                    "target": _TARGET,
-                    "classes": ["malignant", "benign"],
-                },
-                "model": {"type": "mlp", "hidden": [16]},
-                "optimizer": {"type": "adamw", "learning_rate": 0.01},
-                "epochs": 40,
-                "batch_size": 32,
-                "seed": 7,
-                "holdout": {"fraction": 0.3},
-                "compare_alone": True,
-            },
-        },
+        "job": hospital_job(),
         "outputs": [
             {"name": "model", "kind": "model", "recipient": "clinic"},
             {"name": "metrics", "kind": "metrics", "recipient": "clinic"},
@@ -195,7 +200,7 @@ def _seal(
 
 def _agree(stage: Stage, hospitals: list[Actor], clinic: Actor, operator: Actor) -> str:
     stage.heading("3. The operator drafts a contract, the clinic proposes it, the hospitals sign")
-    (operator.folder / "job.yaml").write_text(yaml.safe_dump(_job(), sort_keys=False))
+    (operator.folder / "job.yaml").write_text(yaml.safe_dump(_draft(), sort_keys=False))
     operator.run("enclave", "layers")
     digest = str(operator.ask("draft", "job.yaml", "--out", "contract.yaml")["contract"])
     clinic.run("propose", "../operator/contract.yaml", "--as", clinic.name)

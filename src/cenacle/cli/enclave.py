@@ -13,7 +13,11 @@ from cenacle.cli.output import JsonOption, cell, console, errors_in_words, finis
 
 __all__ = ["app", "measure_here"]
 
-app = typer.Typer(no_args_is_help=True, help="Show this machine's sandbox and measurements.")
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Show this machine's sandbox and measurements.",
+    epilog="Example: cenacle enclave layers",
+)
 
 
 def measure_here(home: Home, layers: Sequence[str] | None) -> dict[str, Any]:

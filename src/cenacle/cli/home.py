@@ -214,6 +214,15 @@ class Home:
         with BrokerClient(self.broker(alias)) as client:
             yield client
 
+    @contextmanager
+    def client_as(
+        self, party: str, alias: str = "default"
+    ) -> Iterator[tuple[PartyKeys, BrokerClient]]:
+        """The keys of one of this user's parties and a connection to a pinned broker."""
+        keys = self.party(party)
+        with self.client(alias) as client:
+            yield keys, client
+
     # ------------------------------------------------------------------ logs
 
     def _head_path(self, broker: BrokerIdentity) -> Path:

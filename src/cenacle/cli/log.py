@@ -21,14 +21,14 @@ _KEEP = "keep the last head (in the folder heads of your home) as proof, and ask
 
 
 def log(
-    limit: Annotated[int, typer.Option(help="Show the newest so many entries.")] = 30,
+    limit: Annotated[int, typer.Option(help="How many of the newest entries to show.")] = 30,
     broker: BrokerOption = "default",
     json_: JsonOption = False,
 ) -> None:
     """Show the log, recompute its root from all entries, and prove that it only grew.
 
-    The signed head is compared with the last one seen by this user; a broker that rewrote or
-    shortened its log is found out here.
+    The signed head is compared with the last one seen by this user; a broker
+    that rewrote or shortened its log is found out here.
     """
     with errors_in_words(json_):
         home = Home.default()

@@ -21,7 +21,7 @@ app = typer.Typer(
     add_completion=False,
     help="Confidential machine learning between parties who trust neither each other nor the "
     "machines they rent.",
-    epilog=EXIT_CODES,
+    epilog=f"Example: cenacle demo hospitals\n\n{EXIT_CODES}",
 )
 
 app.add_typer(party.app, name="party")
@@ -41,7 +41,7 @@ app.command(epilog='Example: cenacle veto sha256:4be1... --as clinic --reason "w
 )
 app.command(epilog="Example: cenacle contracts --as clinic")(contract.contracts)
 app.command(
-    epilog="Examples: cenacle run sha256:4be1... --data sealed/ --out results ;  "
+    epilog="Examples:\n\ncenacle run sha256:4be1... --data sealed/ --out results\n\n"
     "cenacle run sha256:4be1... --data sealed/ --out results --resume"
 )(run.run)
 app.command(epilog="Example: cenacle abandon sha256:4be1... --as clinic")(run.abandon)

@@ -48,10 +48,11 @@ JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on the last line, for programs.")
 ]
 
-EXIT_CODES = """\
-Exit codes: 0 done; 1 unexpected failure; 2 unusable input; 3 verification failed; 4 refused by
-the rules; 5 conflict, somebody was first; 6 broker, disk or service unavailable; 7 the job
-failed inside the enclave; 130 interrupted."""
+EXIT_CODES = (
+    "Exit codes: 0 done; 1 unexpected failure; 2 unusable input; 3 verification failed; 4 refused "
+    "by the rules; 5 conflict, somebody was first; 6 broker, disk or service unavailable; 7 the "
+    "job failed inside the enclave; 130 interrupted."
+)
 
 
 def _drop_output() -> None:

@@ -12,7 +12,11 @@ from cenacle.cli.output import JsonOption, errors_in_words, finish, line
 
 __all__ = ["app"]
 
-app = typer.Typer(no_args_is_help=True, help="Make and register identities.")
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Make and register identities.",
+    epilog="Example: cenacle party new hospital-a",
+)
 
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Lower-case letters, digits, -.")]
 
@@ -40,11 +44,9 @@ def register(
 ) -> None:
     """Register a party at a broker with a one-time token."""
     with errors_in_words(json_):
-        home = Home.default()
-        keys = home.party(name)
         piped = token == "-"  # noqa: S105 - a dash stands for standard input
         secret = typer.get_text_stream("stdin").readline().strip() if piped else token
-        with home.client(broker) as client:
+        with Home.default().client_as(name, broker) as (keys, client):
             client.check_identity()
             digest = client.register(keys.envelope, secret)
         finish(

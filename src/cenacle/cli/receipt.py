@@ -41,8 +41,9 @@ def verify(
 ) -> None:
     """Verify a receipt offline, against the pinned broker's keys and nothing else.
 
-    Checks the contract and its signatures, all manifests, the log entries and their inclusion,
-    the evidence as of the release, every clause, and the enclave's signature.
+    Checks the contract and its signatures, all manifests, the log entries and
+    their inclusion, the evidence as of the release, every clause, and the
+    enclave's signature.
     """
     with errors_in_words(json_):
         found = _verified(receipt, broker)

@@ -92,14 +92,17 @@ def run(
     layers: Annotated[
         str, typer.Option(help="Sandbox layers: those the contract demands, all, or a,b,c.")
     ] = "contract",
-    threads: Annotated[int | None, typer.Option(help="Threads of the enclave's algebra.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads of the enclave's algebra; default: one a core.")
+    ] = None,
     broker: BrokerOption = "default",
     json_: JsonOption = False,
 ) -> None:
     """Start an enclave here, run a contract in it, and keep its sealed outputs and receipt.
 
-    The operator of this command needs no key and sees no plaintext that the enclave's
-    protection keeps from them; a SIMULATED enclave keeps nothing from root.
+    The operator of this command needs no key and sees no plaintext that the
+    enclave's protection keeps from them; a SIMULATED enclave keeps nothing from
+    root.
     """
     from cenacle.enclave.launcher import LaunchRequest, ProcessLauncher
     from cenacle.enclave.receipt import finish as finish_receipt
@@ -259,9 +262,7 @@ def abandon(
 ) -> None:
     """Give up a contract's interrupted run. Its uses stay charged."""
     with errors_in_words(json_):
-        home = Home.default()
-        keys = home.party(as_)
-        with home.client(broker) as client:
+        with Home.default().client_as(as_, broker) as (keys, client):
             run_id = client.open_run(contract)
             if run_id is None:
                 raise ConflictError(

@@ -158,11 +158,9 @@ def seal(
     The key goes to the pinned broker only, wrapped and bound to this manifest and its terms.
     """
     with errors_in_words(json_):
-        home = Home.default()
-        keys = home.party(as_)
         stated = Terms.from_yaml(terms.read_bytes())
         target = out or source.with_name(source.name + ".sealed")
-        with home.client(broker) as client:
+        with Home.default().client_as(as_, broker) as (keys, client):
             client.check_identity()
             with progress_bar(f"sealing {source.name}", not json_) as bar:
                 sealed = seal_asset(

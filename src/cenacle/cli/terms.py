@@ -14,7 +14,11 @@ from cenacle.documents.terms import PrivacyBudget, Terms
 
 __all__ = ["TEMPLATE", "app", "in_words"]
 
-app = typer.Typer(no_args_is_help=True, help="State what may be done with an asset.")
+app = typer.Typer(
+    no_args_is_help=True,
+    help="State what may be done with an asset.",
+    epilog="Example: cenacle terms new --out terms.yaml",
+)
 
 TEMPLATE = """\
 # What may be done with an asset. A field left out means the safe default; [] means none.

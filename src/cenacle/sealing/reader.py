@@ -28,7 +28,10 @@ from cenacle.sealing.disk import disk_errors, open_source, pread_into
 from cenacle.sealing.info import SealedInfo
 from cenacle.sealing.parallel import for_each, thread_count
 
-__all__ = ["SealedFile", "SealedReader"]
+__all__ = ["SealedFile", "SealedReader", "Source"]
+
+Source = Path | str | bytes | bytearray | memoryview
+"""A sealed file, or a buffer that holds a container."""
 
 _CACHED_CHUNKS: Final = 4
 _PARALLEL_BYTES: Final = 1 << 21  # below this, starting threads costs more than it saves
@@ -98,7 +101,7 @@ class SealedReader:
 
     def __init__(
         self,
-        source: Path | str | bytes | bytearray | memoryview,
+        source: Source,
         key: SecretBytes,
         *,
         expected_header: str | None = None,

@@ -8,15 +8,12 @@ known without reading any. The number stands in the schema's metadata.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final
 
 import pyarrow as pa
 
-from cenacle.crypto import SecretBytes
 from cenacle.errors import DataError, InputError
-from cenacle.sealing.info import SealedInfo
-from cenacle.sealing.reader import SealedReader
+from cenacle.sealing.content_reader import ContentReader
 from cenacle.sealing.writer import SealedWriter
 
 __all__ = [
@@ -162,50 +159,14 @@ class _Output:
         """Nothing to do: see the class."""
 
 
-class TableReader:
+class TableReader(ContentReader):
     """Reads columns, row ranges or batches out of a sealed table, decrypting no more.
 
-    Args:
-        source: a sealed file, a buffer that holds a container, or an opened reader (which
-            stays the caller's to close).
-        key: the asset key; ``None`` only with an opened reader.
-        expected_header: the header digest the container must have.
-        expected_digest: the content digest the container must have.
-        threads: how many threads decrypt; by default one a core, at most 8.
-
-    Raises:
-        SealError: as :class:`SealedReader`.
-        DataError: the content is not a table as :class:`TableWriter` writes it.
+    Arguments and errors: :class:`ContentReader`; the content must be a table as
+    :class:`TableWriter` writes it.
     """
 
-    def __init__(
-        self,
-        source: Path | str | bytes | bytearray | memoryview | SealedReader,
-        key: SecretBytes | None = None,
-        *,
-        expected_header: str | None = None,
-        expected_digest: str | None = None,
-        threads: int | None = None,
-    ) -> None:
-        self._owned = not isinstance(source, SealedReader)
-        if isinstance(source, SealedReader):
-            self._reader = source
-        elif key is None:
-            raise InputError("no key was given", found="none", expected="the asset key")
-        else:
-            self._reader = SealedReader(
-                source,
-                key,
-                expected_header=expected_header,
-                expected_digest=expected_digest,
-                kind="table",
-                threads=threads,
-            )
-        try:
-            self._open()
-        except BaseException:
-            self.close()
-            raise
+    kind = "table"
 
     def _open(self) -> None:
         file = self._ipc(None)
@@ -310,21 +271,6 @@ class TableReader:
         names = self.schema.names if columns is None else columns
         schema = pa.schema([self.schema.field(name) for name in names])
         return pa.Table.from_batches(batches, schema)
-
-    @property
-    def info(self) -> SealedInfo:
-        """As :attr:`SealedReader.info`."""
-        return self._reader.info
-
-    def close(self) -> None:
-        if self._owned:
-            self._reader.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def _malformed(found: str) -> DataError:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from cenacle.crypto import SecretBytes
 from cenacle.errors import DataError, InputError
-from cenacle.sealing.info import SealedInfo
-from cenacle.sealing.reader import SealedReader
+from cenacle.sealing.content_reader import ContentReader
+from cenacle.sealing.reader import SealedReader, Source
 from cenacle.sealing.safetensors_format import TensorSpec, header_bytes, parse_header
 from cenacle.sealing.tensors import NUMPY_TYPES, Array, tensors_schema
 
@@ -20,63 +19,25 @@ if TYPE_CHECKING:
 
 __all__ = ["TensorReader", "open_tensors"]
 
-Source = Path | str | bytes | bytearray | memoryview
 
-
-class TensorReader:
+class TensorReader(ContentReader):
     """Reads single tensors, or rows of them, out of a sealed container.
 
-    Args:
-        source: a sealed file, a buffer that holds a container, or an opened reader (which
-            stays the caller's to close).
-        key: the asset key; ``None`` only with an opened reader.
-        expected_header: the header digest the container must have.
-        expected_digest: the content digest the container must have.
-        threads: how many threads decrypt; by default one a core, at most 8.
-
-    Raises:
-        SealError: as :class:`SealedReader`.
-        DataError: the content is not a valid safetensors file.
+    Arguments and errors: :class:`ContentReader`; the content must be a valid safetensors file.
     """
 
-    def __init__(
-        self,
-        source: Source | SealedReader,
-        key: SecretBytes | None = None,
-        *,
-        expected_header: str | None = None,
-        expected_digest: str | None = None,
-        threads: int | None = None,
-    ) -> None:
-        self._owned = not isinstance(source, SealedReader)
-        if isinstance(source, SealedReader):
-            self._reader = source
-        elif key is None:
-            raise InputError("no key was given", found="none", expected="the asset key")
-        else:
-            self._reader = SealedReader(
-                source,
-                key,
-                expected_header=expected_header,
-                expected_digest=expected_digest,
-                kind="tensors",
-                threads=threads,
-            )
-        try:
-            self._specs = _read_specs(self._reader)
-        except BaseException:
-            self.close()
-            raise
+    kind = "tensors"
+
+    def _open(self) -> None:
+        reader = self._reader
+        length = reader.read_range(0, min(8, reader.size))
+        size = header_bytes(length, reader.size)
+        self._specs = parse_header(length, reader.read_range(8, size), reader.size)
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the tensors, in the order of their bytes."""
         return tuple(self._specs)
-
-    @property
-    def info(self) -> SealedInfo:
-        """As :attr:`SealedReader.info`."""
-        return self._reader.info
 
     def spec(self, name: str) -> TensorSpec:
         """Type, shape and place of a tensor; raises :class:`DataError` if there is none."""
@@ -132,22 +93,6 @@ class TensorReader:
         array = np.empty(shape, _numpy_type(name, dtype))
         self._reader.readinto(offset, array.reshape(-1).view(np.uint8).data)
         return _finish(dtype, array)
-
-    def close(self) -> None:
-        if self._owned:
-            self._reader.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def _read_specs(reader: SealedReader) -> dict[str, TensorSpec]:
-    length = reader.read_range(0, min(8, reader.size))
-    size = header_bytes(length, reader.size)
-    return parse_header(length, reader.read_range(8, size), reader.size)
 
 
 def _numpy_type(name: str, dtype: str) -> np.dtype[Any]:

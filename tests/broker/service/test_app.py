@@ -398,15 +398,21 @@ def test_a_body_over_the_limit(raw: httpx.Client) -> None:
         raise CenacleError.from_dict(response.json())
 
 
-def test_an_endless_body_is_cut_off(shared: Any) -> None:
-    """Chunked, without a length: it is refused while it arrives."""
-    identity = shared.broker.identity
-    host, port = identity.url.removeprefix("https://").split(":")
-    context = client_context(identity.tls_certificate)
+@contextlib.contextmanager
+def _connected(identity: BrokerIdentity) -> Iterator[ssl.SSLSocket]:
+    """A connection over which a test says whatever it likes."""
+    host, port = (identity.url or "").removeprefix("https://").split(":")
+    context = client_context(identity.tls_certificate or "")
     with (
         socket.create_connection((host, int(port)), timeout=30) as connection,
         context.wrap_socket(connection, server_hostname=host) as tls,
     ):
+        yield tls
+
+
+def test_an_endless_body_is_cut_off(shared: Any) -> None:
+    """Chunked, without a length: it is refused while it arrives."""
+    with _connected(shared.broker.identity) as tls:
         tls.sendall(b"POST /v1/contracts HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
         chunk = b"100000\r\n" + b" " * 0x100000 + b"\r\n"
         sent = 0
@@ -433,17 +439,11 @@ def test_a_request_that_is_cut_off_does_nothing(served: Any) -> None:
     world = served
     digest = world.agree()
     body = json.dumps(world.enclave(digest).request().to_fields()).encode()
-    identity = world.broker.identity
-    host, port = identity.url.removeprefix("https://").split(":")
-    context = client_context(identity.tls_certificate)
-    with (
-        socket.create_connection((host, int(port)), timeout=30) as connection,
-        context.wrap_socket(connection, server_hostname=host) as tls,
-    ):
+    with _connected(world.broker.identity) as tls:
         length = len(body) + 10
         head = f"POST /v1/releases HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n"
         tls.sendall(head.encode() + body)
-    with BrokerClient(identity, timeout=20) as client:
+    with BrokerClient(world.broker.identity, timeout=20) as client:
         client.head()  # what came before was dealt with
     assert world.desk.open_run(digest) is None
 

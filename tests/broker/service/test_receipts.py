@@ -21,6 +21,7 @@ from cenacle.documents.base import b64, canonical_json, parse_json, unb64
 from cenacle.documents.dsse import Envelope
 from cenacle.documents.receipt import Statement
 from cenacle.errors import CenacleError, DocumentError, EvidenceError, ProofError, RefusedError
+from tests.support.nested import leaves, replaced
 
 Fields = dict[str, Any]
 OTHER = "sha256:" + "0" * 64
@@ -413,23 +414,6 @@ def test_outputs_that_are_not_the_settled_ones(make_world: Any, tmp_path: Path) 
 # ------------------------------------------------------------------ fuzzing
 
 
-def _leaves(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    if isinstance(value, dict):
-        return [leaf for name, item in value.items() for leaf in _leaves(item, (*path, name))]
-    if isinstance(value, list):
-        return [leaf for i, item in enumerate(value) for leaf in _leaves(item, (*path, i))]
-    return [path]
-
-
-def _replaced(bundle: Fields, path: tuple[Any, ...], value: Any) -> Fields:
-    altered = copy.deepcopy(bundle)
-    place: Any = altered
-    for step in path[:-1]:
-        place = place[step]
-    place[path[-1]] = value
-    return altered
-
-
 # The address and the certificate are no part of a broker's identity: its keys are.
 _NOT_BOUND = {("broker", "url"), ("broker", "tls_certificate")}
 
@@ -464,12 +448,12 @@ def _mutation(draw: Callable[[Any], Any], value: Any) -> Any:
 )
 @given(data=st.data())
 def test_no_mutation_of_a_value_passes(finished: Finished, data: st.DataObject) -> None:
-    path = data.draw(st.sampled_from(_leaves(finished.bundle)))
+    path = data.draw(st.sampled_from(leaves(finished.bundle)))
     place: Any = finished.bundle
     for step in path:
         place = place[step]
     value = _mutation(data.draw, place)
-    text = json.dumps(_replaced(finished.bundle, path, value)).encode()
+    text = json.dumps(replaced(finished.bundle, path, value)).encode()
     if value == place or path in _NOT_BOUND or _same_octets(path, value, place):
         return
     with pytest.raises(CenacleError):
@@ -493,15 +477,15 @@ def test_no_mutation_of_a_signed_document_passes(finished: Finished, data: st.Da
     for step in where:
         envelope = envelope[step]
     fields = parse_json(unb64(envelope["payload"]))
-    path = data.draw(st.sampled_from(_leaves(fields)))
+    path = data.draw(st.sampled_from(leaves(fields)))
     place: Any = fields
     for step in path:
         place = place[step]
     value = _mutation(data.draw, place)
     if value == place:
         return
-    payload = json.dumps(_replaced(fields, path, value), separators=(",", ":"), sort_keys=True)
-    altered = _replaced(finished.bundle, (*where, "payload"), b64(payload.encode()))
+    payload = json.dumps(replaced(fields, path, value), separators=(",", ":"), sort_keys=True)
+    altered = replaced(finished.bundle, (*where, "payload"), b64(payload.encode()))
     with pytest.raises(CenacleError):
         finished.verify(altered)
 
