@@ -64,6 +64,19 @@ def batch(store: Store, *closures: Callable[[Transaction], Any]) -> list[Future[
         return [store.submit(closure) for closure in closures]
 
 
+def test_nothing_waits_long_for_its_turn(store: Store) -> None:
+    """Whoever keeps the turn delays the writer, and the writer others, but stops nobody."""
+    turn = store.committer.turn
+    with turn.taken():
+        assert store.run(note) == 0
+    with held(store), turn.taken(), turn.taken():
+        waiting = store.submit(note)
+    assert waiting.result(30) == 1
+    with pytest.raises(ConflictError), turn.taken():
+        raise ConflictError("given back whatever happens")
+    assert turn._lock.acquire(blocking=False)
+
+
 def test_a_batch_runs_in_order_with_one_commit(sqlite_store: Store) -> None:
     statements: list[str] = []
 

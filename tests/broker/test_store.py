@@ -357,6 +357,39 @@ def test_several_assets_are_reserved_together(store: Store, furnish: Furnish) ->
         assert (tx.ledger(ASSET).uses, tx.ledger(NEXT).epsilon) == (1, 0.5)
 
 
+def test_more_assets_than_one_statement_takes(store: Store, furnish: Furnish) -> None:
+    furnish(store)
+    many = {f"sha256:{number:064x}": Charge(1) for number in range(70)}
+
+    def deposit(tx: Transaction) -> None:
+        for asset in many:
+            tx.add_asset(asset, "x", "bob", "{}", b"k")
+
+    store.run(deposit)
+    store.run(lambda tx: tx.reserve_all("run-1", many))
+    with store.read() as tx:
+        assert {r.asset for r in tx.reservations_of_run("run-1")} == set(many)
+        assert all(tx.ledger(asset).uses == 1 for asset in many)
+    store.run(lambda tx: tx.settle_run("run-1", LATER))
+    with pytest.raises(ConflictError, match="not open"):
+        store.run(lambda tx: tx.reserve_all("run-1", {ASSET: Charge(1)}))
+
+
+def test_a_run_begins_with_its_first_release(store: Store, furnish: Furnish) -> None:
+    furnish(store)
+
+    def begin(tx: Transaction) -> None:
+        tx.settle_run("run-1", LATER)
+        tx.create_run("run-2", CONTRACT, LATER, enclave_key=b"k" * 32)
+
+    store.run(begin)
+    with store.read() as tx:
+        run = tx.run("run-2")
+    assert run is not None
+    assert (run.releases, run.enclave_key) == (1, b"k" * 32)
+    assert store.run(lambda tx: tx.record_release("run-2", b"l" * 32)) == 2
+
+
 def test_an_abandoned_run_stays_charged_in_full(store_target: str, furnish: Furnish) -> None:
     with Store.open(store_target) as store:
         furnish(store)

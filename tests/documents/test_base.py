@@ -12,6 +12,7 @@ from datetime import UTC, datetime, timedelta, timezone
 from typing import Any, Literal
 
 import pytest
+import rfc8785
 from hypothesis import example as case
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -329,6 +330,53 @@ def test_the_published_numbers(bits: str, text: str) -> None:
 def test_values_without_a_canonical_form(value: Any) -> None:
     with pytest.raises(DocumentError, match="canonical"):
         canonical_json(value)
+
+
+ANY_TEXT = st.text(max_size=8) | st.text(st.characters(max_codepoint=0x9F), max_size=8)
+ANY_KEY = ANY_TEXT | st.sampled_from(["\ue000", "\U0001f600", "\x7f", "a", "\u2028"])
+ANY_VALUE = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**53), 2**53)
+    | st.floats()
+    | ANY_TEXT
+    | st.text(st.characters(categories=["Cs", "Lu"]), max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.lists(inner, max_size=3).map(tuple)
+        | st.dictionaries(ANY_KEY, inner, max_size=5)
+    ),
+    max_leaves=12,
+)
+
+
+@given(ANY_VALUE)
+@case({chr(code): chr(code) for code in range(0x100)})
+@case({"\ue000": 1, "\U0001f600": 2})
+@case([2**53 - 1, 1 - 2**53, True, (), {}, [], "\u2028\u2029\ufeff\uffff\U0010ffff"])
+@settings(max_examples=300, deadline=None)
+def test_the_quick_way_writes_the_same_bytes(value: Any) -> None:
+    """Values without fractions are written by another encoder than the reference."""
+    try:
+        expected: bytes | None = rfc8785.dumps(value)
+    except ValueError:
+        expected = None
+    if expected is None:
+        with pytest.raises(DocumentError):
+            canonical_json(value)
+    else:
+        assert canonical_json(value) == expected
+
+
+def test_subclasses_of_plain_values_are_written_as_what_they_hold() -> None:
+    class Text(str):
+        __slots__ = ()
+
+        def __str__(self) -> str:
+            return "other"
+
+    assert canonical_json({"a": Text("x"), "b": [Text("y")]}) == b'{"a":"x","b":["y"]}'
+    assert canonical_json({Text("a"): 1}) == b'{"a":1}'
 
 
 def test_canonical_json_of_endless_values() -> None:

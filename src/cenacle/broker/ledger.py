@@ -44,6 +44,8 @@ MAX_UNITS: Final = 2**62
 def _units(value: float, unit: Decimal, rounding: str, name: str) -> int:
     if isinstance(value, bool) or not math.isfinite(value) or value < 0:
         raise InputError(f"{name} is impossible", found=value, expected="a number of at least 0")
+    if value == 0:
+        return 0
     with localcontext() as context:
         context.prec = 60
         # repr gives the decimal number that was written, e.g. 0.1 and not 0.1000000000000000055.

@@ -178,9 +178,17 @@ class ReleaseDesk:
         tx.consume_nonce(asked.nonce, at)
         refs = facts.contract.assets
         if resumed is None:
-            tx.create_run(run, request.contract, at, job_secret_wrapped=asked.job_secret_wrapped)
+            tx.create_run(
+                run,
+                request.contract,
+                at,
+                job_secret_wrapped=asked.job_secret_wrapped,
+                enclave_key=asked.enclave_key.raw,
+            )
             tx.reserve_all(run, {ref.digest: Charge(uses=1) for ref in refs.values()})
-        resumptions = tx.record_release(run, asked.enclave_key.raw) - 1
+            resumptions = 0
+        else:
+            resumptions = tx.record_release(run, asked.enclave_key.raw) - 1
         entry = ReleaseEntry(
             time=at,
             contract=request.contract,

@@ -7,10 +7,10 @@ import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import uvicorn
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from cenacle.broker.app import create_app
 from cenacle.broker.service import Broker
@@ -18,6 +18,9 @@ from cenacle.broker.tls import TlsFiles, server_context
 from cenacle.errors import UnavailableError
 
 __all__ = ["bind", "serve", "serving"]
+
+_MAX_OVERHEAD: Final = 64 * 1024
+"""Bytes of one request's address, headers, chunk sizes and trailers together, at most."""
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -38,18 +41,38 @@ def bind(host: str, port: int) -> socket.socket:
         ) from None
 
 
-class _Quiet(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
-    """uvicorn's protocol without its access log, whatever the process's logging is set to."""
+class _Quiet(HttpToolsProtocol):
+    """uvicorn's protocol without its access log, and with a limit to what is no body.
+
+    The parser itself takes addresses, headers and trailers of any length into memory.
+    """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.access_log = False  # paths name parties and contracts
+        self._overhead = 0
+
+    def data_received(self, data: bytes) -> None:
+        self._overhead += len(data)
+        super().data_received(data)
+        if self._overhead > _MAX_OVERHEAD and not self.transport.is_closing():
+            self.send_400_response("Too many bytes beside the body.")
+
+    def on_body(self, body: bytes) -> None:
+        self._overhead -= len(body)
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._overhead = 0
+        super().on_message_complete()
 
 
 def _server(broker: Broker, files: TlsFiles) -> uvicorn.Server:
     config = uvicorn.Config(
         create_app(broker),
         http=_Quiet,
+        ws="none",
+        proxy_headers=False,
         log_config=None,
         access_log=False,
         server_header=False,

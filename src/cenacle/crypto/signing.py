@@ -33,7 +33,7 @@ _WEAK_KEYS: Final = frozenset(
 class VerifyKey:
     """A public Ed25519 key; ``keyid`` is the SHA-256 of its 32 raw bytes, in hex."""
 
-    __slots__ = ("_key", "keyid", "raw")
+    __slots__ = ("keyid", "raw")
 
     def __init__(self, raw: bytes) -> None:
         if len(raw) != 32:
@@ -50,12 +50,12 @@ class VerifyKey:
             )
         self.raw = bytes(raw)
         self.keyid = hashlib.sha256(raw).hexdigest()
-        self._key = SSlibKey(self.keyid, "ed25519", "ed25519", {"public": raw.hex()})
 
     def verify(self, signature: bytes, message: bytes) -> None:
         """Raises :class:`SignatureError` unless ``signature`` is this key's over ``message``."""
         try:
-            self._key.verify_signature(Signature(self.keyid, signature.hex()), message)
+            key = SSlibKey(self.keyid, "ed25519", "ed25519", {"public": self.raw.hex()})
+            key.verify_signature(Signature(self.keyid, signature.hex()), message)
         except (UnverifiedSignatureError, VerificationError, ValueError):
             raise SignatureError(
                 "a signature does not verify",

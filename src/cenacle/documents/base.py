@@ -14,8 +14,9 @@ import json
 import math
 import re
 from collections import Counter
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
-from typing import Annotated, Any, ClassVar, Final, Self
+from typing import Annotated, Any, ClassVar, Final, Self, TypeVar
 
 import rfc8785
 import yaml
@@ -52,7 +53,10 @@ __all__ = [
     "sha256_digest",
     "short",
     "unb64",
+    "validate_fields",
 ]
+
+T = TypeVar("T")
 
 MAX_DOCUMENT_BYTES: Final = 4 * 1024 * 1024
 _MAX_DEPTH: Final = 32
@@ -147,19 +151,28 @@ class Frozen(BaseModel):
         Raises:
             DocumentError: naming each field that is missing, unknown or wrong.
         """
-        try:
-            return cls.model_validate_json(json.dumps(fields, allow_nan=False))
-        except ValidationError as error:
-            raise _explain(cls, error) from None
-        except (TypeError, ValueError, RecursionError):
-            raise DocumentError(
-                f"a {cls.__name__.lower()} has values that JSON cannot hold",
-                remedy="use strings, numbers, true/false, lists and mappings only",
-            ) from None
+        return validate_fields(cls, cls.model_validate_json, cls.model_fields, fields)
 
     def to_fields(self) -> dict[str, Any]:
         """Plain JSON values, defaults written out, absent fields left out."""
         return self.model_dump(mode="json", exclude_none=True)
+
+
+def validate_fields(cls: type[T], read: Callable[[str], T], names: Iterable[str], fields: Any) -> T:
+    """Plain JSON values as a ``cls``, by its reader of JSON text; see :meth:`Frozen.from_fields`.
+
+    Args:
+        names: the fields that ``cls`` knows.
+    """
+    try:
+        return read(json.dumps(fields, allow_nan=False))
+    except ValidationError as error:
+        raise _explain(cls, names, error) from None
+    except (TypeError, ValueError, RecursionError):
+        raise DocumentError(
+            f"a {cls.__name__.lower()} has values that JSON cannot hold",
+            remedy="use strings, numbers, true/false, lists and mappings only",
+        ) from None
 
 
 class Document(Frozen):
@@ -201,9 +214,36 @@ class Document(Frozen):
 def canonical_json(value: Any) -> bytes:
     """RFC 8785 canonical JSON of plain values."""
     try:
+        if _is_plain(value):
+            return _PLAIN.encode(value).encode()
         return rfc8785.dumps(value)
     except (ValueError, RecursionError) as error:  # CanonicalizationError, UnicodeEncodeError
         raise DocumentError(f"a value has no canonical JSON form ({error})") from None
+
+
+# For these values Python's own encoder, which is written in C, gives RFC 8785's bytes: it escapes
+# the same characters in the same way, and ASCII names sort alike as code points and in UTF-16.
+_PLAIN: Final = json.JSONEncoder(
+    ensure_ascii=False, allow_nan=False, sort_keys=True, separators=(",", ":")
+)
+_SCALARS: Final = frozenset({str, bool, type(None)})
+
+
+def _is_plain(value: Any) -> bool:
+    """No fraction, no inexact integer, ASCII names, and only JSON's own types."""
+    kind = type(value)
+    if kind in _SCALARS:
+        return True
+    if kind is dict:
+        for name, item in value.items():
+            if type(name) is not str or not name.isascii():
+                return False
+            if type(item) not in _SCALARS and not _is_plain(item):
+                return False
+        return True
+    if kind is list or kind is tuple:
+        return all(type(item) in _SCALARS or _is_plain(item) for item in value)
+    return kind is int and -(2**53) < value < 2**53
 
 
 def sha256_digest(data: bytes | bytearray | memoryview) -> str:
@@ -341,7 +381,7 @@ def parse_yaml(text: str | bytes) -> Any:
     return value
 
 
-def _explain(cls: type[BaseModel], error: ValidationError) -> DocumentError:
+def _explain(cls: type[Any], names: Iterable[str], error: ValidationError) -> DocumentError:
     problems = []
     remedy = None
     for item in error.errors(include_url=False, include_context=False)[:8]:
@@ -349,9 +389,9 @@ def _explain(cls: type[BaseModel], error: ValidationError) -> DocumentError:
         loc = item["loc"]
         kept = [p for i, p in enumerate(loc) if i == 0 or p != loc[i - 1] or isinstance(p, int)]
         path = ".".join(str(part) for part in kept) or "the document"
-        if item["type"] == "extra_forbidden":
+        if item["type"] in {"extra_forbidden", "unexpected_keyword_argument"}:
             problems.append(f"{path}: unknown field")
-            remedy = f"known fields are {', '.join(sorted(cls.model_fields))}"
+            remedy = f"known fields are {', '.join(sorted(names))}"
         elif item["type"] == "missing":
             problems.append(f"{path}: missing")
         else:

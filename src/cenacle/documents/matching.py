@@ -7,7 +7,7 @@ comes in as :class:`UseFacts`; without them those clauses are ``pending``.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 from cenacle.documents.asset import Asset
@@ -154,7 +154,7 @@ def _protection(asset: Asset, contract: Contract, facts: UseFacts | None, subjec
         "run on stronger hardware, or ask the owner to accept less",
     )
     if facts is None and met:
-        return clause.model_copy(update={"verdict": "pending"})
+        return replace(clause, verdict="pending")
     return clause
 
 

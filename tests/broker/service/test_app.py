@@ -427,6 +427,132 @@ def test_an_endless_body_is_cut_off(shared: Any) -> None:
     assert sent < 64 or b"too large" in answer
 
 
+def _said(shared: Any, *parts: bytes) -> bytes:
+    """Everything that the broker answers until it closes the connection."""
+    answer = b""
+    with (
+        _connected(shared.broker.identity) as tls,
+        contextlib.suppress(ConnectionError, ssl.SSLError),
+    ):
+        try:
+            for part in parts:
+                tls.sendall(part)
+        finally:
+            while part := tls.recv(65536):
+                answer += part
+    return answer
+
+
+HEAD = b"GET /v1/log/head HTTP/1.1\r\nHost: x\r\n"
+POST = b"POST /v1/releases HTTP/1.1\r\nHost: x\r\n"
+SMUGGLED = b"GET /v1/identity HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+
+HOSTILE = {
+    "two lengths": POST + b"Content-Length: 2\r\nContent-Length: 90\r\n\r\n{}",
+    "a length and chunks": POST
+    + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    "chunks and a length": POST
+    + b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n0\r\n\r\n",
+    "chunks that are not last": POST + b"Transfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n",
+    "an odd spelling of chunks": POST + b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n",
+    "a negative length": POST + b"Content-Length: -1\r\n\r\n",
+    "a signed length": POST + b"Content-Length: +2\r\n\r\n{}",
+    "a hexadecimal length": POST + b"Content-Length: 0x2\r\n\r\n{}",
+    "an endless length": POST + b"Content-Length: " + b"9" * 40 + b"\r\n\r\n{}",
+    "no chunk's size": POST + b"Transfer-Encoding: chunked\r\n\r\nxyz\r\n{}\r\n0\r\n\r\n",
+    "a chunk's endless size": POST + b"Transfer-Encoding: chunked\r\n\r\n" + b"f" * 40 + b"\r\n",
+    "a chunk that goes on": POST + b"Transfer-Encoding: chunked\r\n\r\n1\r\n{}\r\n0\r\n\r\n",
+    "space before the colon": POST + b"Content-Length : 2\r\n\r\n{}",
+    "a folded header": HEAD + b"X: a\r\n b\r\n\r\n",
+    "a header without a name": HEAD + b": a\r\n\r\n",
+    "a NUL in a header": HEAD + b"X: a\x00b\r\n\r\n",
+    "a lonely carriage return": HEAD + b"X: a\rY: b\r\n\r\n",
+    "another protocol": b"SSH-2.0-x\r\n\r\n",
+    "another version": b"GET / HTTP/9.9\r\nHost: x\r\n\r\n",
+    "no method": b" / HTTP/1.1\r\nHost: x\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_malformed_request_ends_its_connection(shared: Any, name: str) -> None:
+    """Nothing after it is read, so no second request can hide in it."""
+    answer = _said(shared, HOSTILE[name] + SMUGGLED)
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert answer.count(b"HTTP/1.1") == 1
+    assert b"origin" not in answer
+
+
+@pytest.mark.parametrize(
+    ("start", "part"),
+    [
+        (b"GET /", b"a" * 8192),
+        (HEAD + b"X: ", b"a" * 8192),
+        (HEAD, b"X: " + b"a" * 1000 + b"\r\n"),
+        (POST + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n", b"X: a\r\n" * 200),
+        (POST + b"Transfer-Encoding: chunked\r\n\r\n2;x=", b"a" * 8192),
+        (POST + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n" * 200),
+    ],
+    ids=["an address", "a header", "headers", "trailers", "a chunk's extension", "tiny chunks"],
+)
+def test_what_is_no_body_has_a_limit(shared: Any, start: bytes, part: bytes) -> None:
+    answer = _said(shared, start, *[part] * (64 * 1024 * 1024 // len(part)))
+    # The answer may be lost where the connection was reset while this side still wrote.
+    assert answer.count(b"HTTP/1.1") <= 1
+    assert b"200 OK" not in answer
+
+
+def test_a_head_below_the_limit_is_read(shared: Any) -> None:
+    filler = b"X: " + b"a" * 60_000 + b"\r\n"
+    with _connected(shared.broker.identity) as tls:
+        for _ in range(3):  # each request has its own
+            tls.sendall(HEAD + filler + b"\r\n")
+            answer = b""
+            while not answer.endswith(b"}"):
+                answer += tls.recv(65536)
+            assert answer.startswith(b"HTTP/1.1 200 ")
+
+
+def test_two_requests_in_one_breath(shared: Any) -> None:
+    closing = HEAD + b"Connection: close\r\n\r\n"
+    answer = _said(shared, HEAD + b"\r\n" + closing)
+    assert answer.count(b"HTTP/1.1 200 ") == 2
+
+
+@pytest.mark.parametrize("upgrade", [b"websocket", b"h2c", b"tls/1.0"])
+def test_no_other_protocol_is_taken_up(shared: Any, upgrade: bytes) -> None:
+    answer = _said(
+        shared, HEAD + b"Connection: Upgrade, close\r\nUpgrade: " + upgrade + b"\r\n\r\n"
+    )
+    assert answer.startswith((b"HTTP/1.1 200 ", b"HTTP/1.1 400 "))
+    assert answer.count(b"HTTP/1.1") == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/v1/contracts/sha256:" + "a" * 64 + "/nonce", 200),
+        ("GET", "/v1/contracts/sha256%3A" + "a" * 64 + "/nonce", 200),
+        ("GET", "/v1/contracts/sha256:" + "a" * 64 + "/nonce?x=y", 200),
+        ("GET", "/v1/contracts//nonce", 404),
+        ("GET", "/v1/contracts/a/b/nonce", 404),
+        ("GET", "/v1/contracts/nonce", 400),
+        ("GET", "/v1/contracts/%2e%2e/nonce", 400),
+        ("POST", "/v1/contracts/sha256:" + "a" * 64 + "/nonce", 405),
+        ("GET", "/v1/releases", 405),
+        ("POST", "/v1/releases/", 404),
+        ("POST", "/v1/releases?x=y", 400),
+        ("PUT", "/v1/releases", 405),
+    ],
+)
+def test_the_front_answers_as_the_router_would(
+    shared: Any, raw: httpx.Client, method: str, path: str, status: int
+) -> None:
+    response = raw.request(method, path)
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    assert status == 200 or response.json()["what"]
+
+
 def test_a_document_over_the_limit_within_the_bodys(raw: httpx.Client) -> None:
     body = b'"' + b"a" * (MAX_DOCUMENT_BYTES + 1) + b'"'
     response = raw.post("/v1/releases", content=body)

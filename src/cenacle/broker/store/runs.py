@@ -8,6 +8,8 @@ somebody else came first; nothing was changed then. Who may do a thing is not de
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
+from typing import Any, Final
 
 from cenacle.broker.ledger import (
     MAX_UNITS,
@@ -24,6 +26,8 @@ from cenacle.broker.store.totals import Totals
 from cenacle.errors import ConflictError, InputError, RefusedError
 
 __all__ = ["RunWrites"]
+
+_TOGETHER: Final = 32
 
 
 class RunWrites(ReadTransaction):
@@ -45,17 +49,28 @@ class RunWrites(ReadTransaction):
     # Runs
 
     def create_run(
-        self, run: str, contract: str, created_at: str, *, job_secret_wrapped: bytes | None = None
+        self,
+        run: str,
+        contract: str,
+        created_at: str,
+        *,
+        job_secret_wrapped: bytes | None = None,
+        enclave_key: bytes | None = None,
     ) -> None:
-        """Open a run; ConflictError if the id exists or the contract has an open run."""
+        """Open a run; ConflictError if the id exists or the contract has an open run.
+
+        With an ``enclave_key`` its first release is recorded too: see :meth:`record_release`.
+        """
         changed = self._session.run(
             "INSERT INTO runs (id, contract, open_contract, state, created_at, releases,"
-            " job_secret_wrapped, checkpoint_version)"
-            " VALUES (:run, :contract, :contract, 'open', :created_at, 0, :secret, 0)"
-            " ON CONFLICT DO NOTHING",
+            " enclave_key, job_secret_wrapped, checkpoint_version)"
+            " VALUES (:run, :contract, :contract, 'open', :created_at, :releases, :enclave_key,"
+            " :secret, 0) ON CONFLICT DO NOTHING",
             run=run,
             contract=contract,
             created_at=created_at,
+            releases=0 if enclave_key is None else 1,
+            enclave_key=enclave_key,
             secret=job_secret_wrapped,
         )
         if not changed:
@@ -161,27 +176,19 @@ class RunWrites(ReadTransaction):
         self.reserve_all(run, {asset: charge}, event)
 
     def reserve_all(self, run: str, charges: Mapping[str, Charge], event: str = "{}") -> None:
-        """:meth:`reserve` several assets in one round trip to the database."""
-        rows = [
-            {
-                "run": run,
-                "asset": asset,
-                "uses": charge.uses,
-                "epsilon": None if charge.epsilon is None else float(charge.epsilon),
-                "delta": None if charge.delta is None else float(charge.delta),
-                "event": event,
-            }
-            for asset, charge in charges.items()
-        ]
-        changed = self._session.run_many(
-            "INSERT INTO reservations (run, asset, uses, epsilon, delta, event, state)"
-            " SELECT id, CAST(:asset AS TEXT), CAST(:uses AS BIGINT),"
-            " CAST(:epsilon AS DOUBLE PRECISION), CAST(:delta AS DOUBLE PRECISION),"
-            " CAST(:event AS TEXT), 'reserved' FROM runs WHERE id = :run AND state = 'open'"
-            " ON CONFLICT DO NOTHING",
-            rows,
-        )
-        if changed != len(rows):
+        """:meth:`reserve` several assets in few round trips to the database."""
+        changed = 0
+        listed = list(charges.items())
+        for start in range(0, len(listed), _TOGETHER):
+            some = listed[start : start + _TOGETHER]
+            parameters: dict[str, Any] = {"run": run, "event": event}
+            for number, (asset, charge) in enumerate(some):
+                parameters[f"asset{number}"] = asset
+                parameters[f"uses{number}"] = charge.uses
+                parameters[f"epsilon{number}"] = _real(charge.epsilon)
+                parameters[f"delta{number}"] = _real(charge.delta)
+            changed += self._session.run(_reservations(len(some)), **parameters)
+        if changed != len(listed):
             known = self.run(run)
             if known is None or known.state != "open":
                 raise self._not_open(run)
@@ -214,8 +221,8 @@ class RunWrites(ReadTransaction):
             " WHERE run = :run AND asset = :asset",
             run=run,
             asset=asset,
-            epsilon=None if charge.epsilon is None else float(charge.epsilon),
-            delta=None if charge.delta is None else float(charge.delta),
+            epsilon=_real(charge.epsilon),
+            delta=_real(charge.delta),
         )
         self._set_totals(asset, _moved(self.ledger(asset), reservation, charge))
         return charge
@@ -236,6 +243,25 @@ class RunWrites(ReadTransaction):
                 expected="epsilon below 4.6e9, delta below 4.6",
             )
         self._totals.set(asset, view, changed=True)
+
+
+def _real(amount: float | None) -> float | None:
+    return None if amount is None else float(amount)
+
+
+@cache
+def _reservations(count: int) -> str:
+    """One statement that reserves ``count`` assets for an open run."""
+    row = (
+        "SELECT id, CAST(:asset# AS TEXT), CAST(:uses# AS BIGINT),"
+        " CAST(:epsilon# AS DOUBLE PRECISION), CAST(:delta# AS DOUBLE PRECISION),"
+        " CAST(:event AS TEXT), 'reserved' FROM runs WHERE id = :run AND state = 'open'"
+    )
+    rows = " UNION ALL ".join(row.replace("#", str(number)) for number in range(count))
+    return (
+        "INSERT INTO reservations (run, asset, uses, epsilon, delta, event, state)"
+        f" {rows} ON CONFLICT DO NOTHING"
+    )
 
 
 def _moved(view: LedgerView, reservation: Reservation, charge: Charge) -> LedgerView:

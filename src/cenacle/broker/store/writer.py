@@ -36,6 +36,7 @@ class Writer:
         self._memo = Memo()
         self._totals = Totals()
         self._xid: str | None = None
+        self.is_local: Final = dialect.is_sqlite
 
     def begin(self) -> None:
         """Start a transaction that no other writer can overlap.
