@@ -20,7 +20,7 @@ from cenacle.errors import AcceleratorError, InputError
 __all__ = ["InlineAccelerator"]
 
 
-class PinnedStaging:
+class _PinnedStaging:
     """Page-locked memory, from which a device copies by itself."""
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -84,7 +84,12 @@ class InlineAccelerator(Accelerator):
                 found=device,
                 expected="cpu" + (" or cuda" if torch.cuda.is_available() else ""),
             )
-        self.staging = HeapStaging() if self.device.type == "cpu" else PinnedStaging()
+        if self.device.type == "cuda":
+            # TF32 rounds to 11 bits, and the fastest algorithms differ from run to run.
+            torch.backends.cuda.matmul.allow_tf32 = False
+            torch.backends.cudnn.allow_tf32 = False
+            torch.backends.cudnn.deterministic = True
+        self.staging = HeapStaging() if self.device.type == "cpu" else _PinnedStaging()
         self._kept: dict[int, torch.Tensor] = {}
         self._seconds = 0.0
         self._since: torch.Event | None = None

@@ -34,7 +34,12 @@ class Operation:
 
 
 class Staging(Protocol):
-    """Where the enclave writes what it is about to send, so that sending it copies nothing."""
+    """Where the enclave writes what it is about to send, so that sending it copies nothing.
+
+    It may be shared memory, which workers read while it is written: write nothing there that
+    is not blinded yet. Many of torch's functions with ``out=`` (``addmm``, ``baddbmm``) first
+    copy an operand there as it is.
+    """
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """A contiguous tensor with undefined content, given back when nobody refers to it."""
