@@ -34,6 +34,7 @@ def test_every_script_is_tested() -> None:
     scripts = {str(p.relative_to(EXAMPLES)) for p in EXAMPLES.rglob("*.py")}
     assert scripts == {
         "library_use.py",
+        "offload_training.py",
         "program_job/play.py",
         "program_job/program/main.py",
         "seal_and_read.py",
@@ -52,6 +53,17 @@ def test_library_use(tmp_path: Path) -> None:
     metrics = json.loads(_run("library_use.py", tmp_path / "x")[-1])
     assert metrics["pooled"]["accuracy"] > 0.8
     assert set(metrics["rows"]) == {"a", "b"}
+
+
+def test_offload_training(tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason="offloading needs torch (pip: cenacle[train])")
+    lines = _run("offload_training.py", tmp_path / "x")
+    assert float(lines[1].removeprefix("accuracy ")) > 0.9
+    assert lines[2] == "offloaded: 0, 3, 6"
+    assert lines[4] == "workers see inputs obfuscated, weights obfuscated"
+    trace = json.loads((tmp_path / "x" / "trace.json").read_text())
+    tracks = {event["args"]["name"] for event in trace["traceEvents"] if event["ph"] == "M"}
+    assert tracks == {"enclave", "one", "two"}
 
 
 @pytest.mark.usefixtures("program_layers")

@@ -25,6 +25,7 @@ import torch
 from cenacle.accelerators.inline import InlineAccelerator
 from cenacle.accelerators.protocol import Accelerator, Pending
 from cenacle.errors import AcceleratorError, InputError, IntegrityError
+from cenacle.offload.integrity import Check, Doubt, Verifier
 from cenacle.offload.maps import Product
 from cenacle.offload.profile import Profile
 from cenacle.offload.transcript import Transcript
@@ -35,6 +36,7 @@ Role = Literal["inputs", "activations", "weights", "gradients"]
 """What of the model a tensor stands for; the terms of a leakage record."""
 
 Consumer = Callable[[slice, torch.Tensor], None]
+FusedConsumer = Callable[[slice, torch.Tensor, Check | None], None]
 
 
 @dataclass(frozen=True)
@@ -82,33 +84,85 @@ class Job:
     def collect(self, consume: Consumer) -> None:
         """Hand each part to ``consume`` as it arrives, in order.
 
-        ``consume(rows, tensor)`` reads every element of ``tensor`` once (a worker may be able
-        to write it still) and raises :class:`IntegrityError`, before it has any effect that
-        counts, if it is wrong: then the worker is dropped and the part computed elsewhere.
+        If the fleet has a verifier, ``consume(rows, tensor)`` gets a checked copy in the
+        enclave's own memory. If it has none, ``consume`` reads every element of ``tensor``
+        once (a worker may be able to write it still) and raises :class:`IntegrityError`,
+        before it has any effect that counts, if it is wrong: then the worker is dropped and
+        the part computed elsewhere.
+        """
+
+        def checked(rows: slice, tensor: torch.Tensor, check: Check | None) -> None:
+            if check is None:
+                consume(rows, tensor)
+            else:
+                consume(rows, check.verify(_own(tensor)))
+
+        self.collect_fused(checked)
+
+    def collect_fused(self, consume: FusedConsumer) -> None:
+        """As :meth:`collect`, for consumers that check by themselves while they read.
+
+        ``consume(rows, tensor, check)`` reads every element of ``tensor`` once and calls
+        ``check.compare`` with the contraction of what it has read. ``check`` is None if the
+        fleet has no verifier or the enclave computed the part itself. If the contraction does
+        not agree, and only rounding is to blame, ``consume`` is called again for the part,
+        with a tensor in the enclave's own memory.
         """
         for part, (start, end) in enumerate(self.bounds):
+            rows = slice(start, end)
             while True:
                 accelerator, pending, issue = self._parts[part]
                 try:
+                    check = self._expect(accelerator, part)
                     tensor = self._fleet._wait(accelerator, pending, issue, self.site)
-                    consume(slice(start, end), tensor)
+                    self._consume(consume, rows, tensor, check)
                 except (AcceleratorError, IntegrityError) as error:
                     self._fleet.lose(accelerator, self.site, error)
                     self._parts[part] = self._fleet._start(self, part)
                 else:
                     break
 
+    def _expect(self, accelerator: Accelerator, part: int) -> Check | None:
+        """What the part's result has to satisfy; computed while the worker computes."""
+        verifier = self._fleet.verifier
+        if verifier is None or accelerator is self._fleet._own:
+            return None
+        operands = [
+            p.value[slice(*self.bounds[part])] if split and len(self.bounds) > 1 else p.value
+            for p, split in zip(self.operands, self.product.rows, strict=True)
+        ]
+        owner = None if self.product.rows[-1] else self.operands[-1]
+        return verifier.expect(self.product.operation, operands, owner=owner, site=self.site)
+
+    def _consume(
+        self, consume: FusedConsumer, rows: slice, tensor: torch.Tensor, check: Check | None
+    ) -> None:
+        if check is None:
+            consume(rows, tensor, None)
+            return
+        check.form(tensor)
+        try:
+            consume(rows, tensor, check)
+        except Doubt:
+            consume(rows, check.verify(_own(tensor)), check)
+
     def result(self, check: Consumer | None = None) -> torch.Tensor:
-        """The whole result in the enclave's own memory; ``check`` sees each part of it first."""
+        """The whole result in the enclave's own memory, checked if the fleet has a verifier.
+
+        ``check(rows, tensor)``, if given, sees each part too and raises
+        :class:`IntegrityError` if it is wrong.
+        """
         found: list[torch.Tensor] = []
 
-        def consume(rows: slice, tensor: torch.Tensor) -> None:
-            own = tensor.clone(memory_format=torch.contiguous_format)
+        def consume(rows: slice, tensor: torch.Tensor, verification: Check | None) -> None:
+            own = _own(tensor)
+            if verification is not None:
+                own = verification.verify(own)
             if check is not None:
                 check(rows, own)
             found.append(own)
 
-        self.collect(consume)
+        self.collect_fused(consume)
         if len(found) == 1:
             return found[0]
         if self.product.reduce == "concat":
@@ -119,18 +173,23 @@ class Job:
         return total
 
 
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
 class Fleet:
     """Several workers used as one.
 
     Args:
         accelerators: with distinct names; at least one.
         timeout: seconds that a part may take before its worker counts as hanging.
+        verifier: checks every product; None if the workers are trusted.
         transcript: what is written down of everything that leaves.
         profile: where time and bytes are counted.
 
     Attributes:
         losses: workers that were dropped.
-        staging: where to write what is to be sent.
+        staging: where to write what is to be sent; the first living worker's.
     """
 
     ENCLAVE: Final = "enclave"
@@ -140,6 +199,7 @@ class Fleet:
         accelerators: Sequence[Accelerator],
         *,
         timeout: float = 120.0,
+        verifier: Verifier | None = None,
         transcript: Transcript | None = None,
         profile: Profile | None = None,
     ) -> None:
@@ -152,6 +212,7 @@ class Fleet:
             )
         self.members = tuple(accelerators)
         self.timeout = timeout
+        self.verifier = verifier
         self.transcript = transcript
         self.profile = Profile() if profile is None else profile
         self.losses: list[Loss] = []
@@ -200,8 +261,10 @@ class Fleet:
         if accelerator in self._alive:
             self._alive.remove(accelerator)
             self.losses.append(Loss(accelerator.name, site, str(error)))
-            self._completed[accelerator.name] = self._issued[accelerator.name]
             accelerator.close()
+            self._completed[accelerator.name] = self._issued[accelerator.name]
+            if self._alive:
+                self.staging = self._alive[0].staging
 
     def close(self) -> None:
         """Let all workers go."""
@@ -258,12 +321,13 @@ class Fleet:
         if handle is None:
             value = parcel.value if part is None else parcel.value[slice(*bounds[part])]
             handle = next(self._handles)
-            accelerator.put(handle, value)
-            parcel._held[key] = handle
             if accelerator is not self._own:
-                self.profile.sent(parcel.site, value.nbytes)
+                # Recorded first: what cannot be written down is not sent.
                 if self.transcript is not None:
                     self.transcript.put(accelerator.name, parcel.site, parcel.role, handle, value)
+                self.profile.sent(parcel.site, value.nbytes)
+            accelerator.put(handle, value)
+            parcel._held[key] = handle
         return handle
 
     def _wait(
@@ -271,6 +335,11 @@ class Fleet:
     ) -> torch.Tensor:
         begin = time.perf_counter()
         tensor = pending.wait(self.timeout)
+        if tensor.layout is not torch.strided:
+            raise AcceleratorError(
+                f"accelerator {accelerator.name} answered with something that is no result",
+                found=f"a tensor of layout {tensor.layout}",
+            )
         own = accelerator is self._own
         self.profile.waited(site, accelerator, begin, pending.seconds, 0 if own else tensor.nbytes)
         self._completed[accelerator.name] = max(self._completed[accelerator.name], issue)
@@ -291,9 +360,10 @@ class Fleet:
                     reading[accelerator.name] = self._issued[accelerator.name]
             if reading:
                 self._limbo.append((reading, value))
-        self._limbo = [entry for entry in self._limbo if self._read(entry[0])]
+        self._limbo = [entry for entry in self._limbo if self._being_read(entry[0])]
 
-    def _read(self, reading: dict[str, int]) -> bool:
+    def _being_read(self, reading: dict[str, int]) -> bool:
+        """Whether a worker may still be reading: it has not completed what was asked by then."""
         return any(self._completed[name] < issue for name, issue in reading.items())
 
     def _members(self) -> Iterator[Accelerator]:

@@ -1,108 +1,34 @@
 """Finding a model's linear algebra while it runs, whoever wrote the model.
 
-While the model's ``forward`` runs, a ``TorchFunctionMode`` sees every torch function that it
-calls. Dense layers, convolutions and attention's products are handed to the engine; all else
-runs as it is. So no module is replaced, and nothing depends on how a model is built.
+While one of the model's modules runs, a ``TorchFunctionMode`` sees every torch function that
+it calls. Dense layers, convolutions and attention's products are handed to the engine; all
+else runs as it is. So no module is replaced, and nothing depends on how a model is built.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Final
 
 import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from cenacle.offload.maps import Convolution, Dense, LinearMap, MatrixProduct
+from cenacle.errors import InputError
+from cenacle.offload.attention import multi_head_attention, scaled_dot_product_attention
+from cenacle.offload.maps import Convolution
+from cenacle.offload.products import (
+    Engine,
+    addmm,
+    baddbmm,
+    bmm,
+    einsum,
+    linear,
+    matmul,
+    rmatmul,
+)
 
 __all__ = ["Engine", "Interceptor"]
-
-
-class Engine(Protocol):
-    """Who computes a map; differentiable."""
-
-    def apply(
-        self,
-        map_: LinearMap,
-        x: torch.Tensor,
-        w: torch.Tensor,
-        bias: torch.Tensor | None,
-        parameter: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """B(x, w) + bias. ``parameter``: the weight that ``w`` is a form of, if it is one."""
-        ...
-
-    def is_weight(self, tensor: torch.Tensor) -> bool: ...
-
-    def stays(self, function: str) -> None:
-        """A linear operation that is not offloaded runs in the enclave."""
-        ...
-
-
-def _linear(
-    engine: Engine, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None
-) -> torch.Tensor:
-    rows = x.reshape(-1, x.shape[-1])
-    y = engine.apply(Dense(), rows, w, bias, w if engine.is_weight(w) else None)
-    return y.reshape(*x.shape[:-1], w.shape[0])
-
-
-def _addmm(
-    engine: Engine,
-    bias: torch.Tensor,
-    x: torch.Tensor,
-    w: torch.Tensor,
-    *,
-    beta: float = 1,
-    alpha: float = 1,
-) -> torch.Tensor | None:
-    """GPT-2's dense layers: the weight is (in, out)."""
-    if not engine.is_weight(w) or bias.dim() != 1 or (beta, alpha) != (1, 1):
-        return None
-    return engine.apply(Dense(), x, w.t(), bias, w)
-
-
-def _matmul(engine: Engine, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor | None:
-    if w.dim() == 2 and x.dim() >= 2:
-        rows = x.reshape(-1, x.shape[-1])
-        y = engine.apply(Dense(), rows, w.t(), None, w if engine.is_weight(w) else None)
-        return y.reshape(*x.shape[:-1], w.shape[1])
-    if x.dim() == w.dim() >= 3 and x.shape[:-2] == w.shape[:-2]:
-        flat = (x.reshape(-1, *x.shape[-2:]), w.reshape(-1, *w.shape[-2:]))
-        y = engine.apply(MatrixProduct(), *flat, None, None)
-        return y.reshape(*x.shape[:-1], w.shape[-1])
-    return None
-
-
-def _bmm(engine: Engine, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    return engine.apply(MatrixProduct(), x, w, None, None)
-
-
-def _baddbmm(
-    engine: Engine,
-    bias: torch.Tensor,
-    x: torch.Tensor,
-    w: torch.Tensor,
-    *,
-    beta: float = 1,
-    alpha: float = 1,
-) -> torch.Tensor:
-    return beta * bias + alpha * _bmm(engine, x, w)
-
-
-def _padding(
-    padding: str | int | Sequence[int], kernel: Sequence[int], dilation: Sequence[int]
-) -> tuple[int, ...] | None:
-    """As numbers; None for ``same`` with an uneven sum, which pads more on one side."""
-    if padding == "valid":
-        return (0,) * len(kernel)
-    if padding == "same":
-        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-        return None if any(t % 2 for t in total) else tuple(t // 2 for t in total)
-    assert not isinstance(padding, str)
-    return _each(padding, len(kernel))
 
 
 def _each(value: int | Sequence[int], count: int) -> tuple[int, ...]:
@@ -120,89 +46,86 @@ def _convolution(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> torch.Tensor | None:
+    """x (batch, in, *space) or one sample, w (out, in / groups, *kernel)."""
     dims = w.dim() - 2
-    spread = _each(dilation, dims)
-    pads = _padding(padding, w.shape[2:], spread)
-    if pads is None:
-        return None
-    map_ = Convolution(_each(stride, dims), pads, spread, groups)
+    steps, spread = _each(stride, dims), _each(dilation, dims)
     batch = x if x.dim() == w.dim() else x.unsqueeze(0)
-    y = engine.apply(map_, batch, w, bias, w if engine.is_weight(w) else None)
+    if padding == "valid":
+        padding = 0
+    if padding == "same":
+        if set(steps) != {1}:
+            return None
+        total = [d * (k - 1) for d, k in zip(spread, w.shape[2:], strict=True)]
+        if any(t % 2 for t in total):  # torch pads the odd one at the end
+            sides = [side for t in reversed(total) for side in (t // 2, t - t // 2)]
+            batch, total = functional.pad(batch, sides), [0] * dims
+        padding = [t // 2 for t in total]
+    if isinstance(padding, str) or not _fits(batch, w, bias, groups):
+        return None
+    map_ = Convolution(steps, _each(padding, dims), spread, groups)
+    if len(map_.stride) != dims or len(map_.padding) != dims or len(map_.dilation) != dims:
+        return None
+    if min(map_.space(batch.shape, w.shape)) < 1:
+        return None
+    y = engine.apply(map_, batch, w, bias)
     return y if x.dim() == w.dim() else y.squeeze(0)
 
 
-def _attention(
-    engine: Engine,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> torch.Tensor | None:
-    """softmax(Q K^T scale + mask) V with both products outside, the softmax inside."""
-    if enable_gqa:
-        groups = query.shape[-3] // key.shape[-3]
-        key, value = (t.repeat_interleave(groups, -3) for t in (key, value))
-    lead = query.shape[:-2]
-    if key.shape[:-2] != lead or value.shape[:-2] != lead:
-        return None
-    factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    scores = _matmul(engine, query * factor, key.mT) if query.dim() > 2 else None
-    if scores is None:
-        return None
-    if is_causal:
-        allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-        scores = scores.masked_fill(~allowed, -math.inf)
-    if attn_mask is not None:
-        if attn_mask.dtype == torch.bool:
-            scores = scores.masked_fill(~attn_mask, -math.inf)
-        else:
-            scores = scores + attn_mask
-    weights = functional.dropout(scores.softmax(-1), dropout_p)
-    return _matmul(engine, weights, value)
+def _fits(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, groups: int) -> bool:
+    """Whether torch would compute it: a mistake is to raise torch's own error, unsent."""
+    return (
+        x.dim() == w.dim()
+        and groups > 0
+        and x.shape[1] == w.shape[1] * groups
+        and w.shape[0] % groups == 0
+        and (bias is None or bias.shape == w.shape[:1])
+    )
 
 
 _HANDLERS: Final[Mapping[Any, Callable[..., torch.Tensor | None]]] = {
-    functional.linear: _linear,
-    functional.conv1d: _convolution,
-    functional.conv2d: _convolution,
+    functional.linear: linear,
     torch.conv1d: _convolution,
     torch.conv2d: _convolution,
-    torch.matmul: _matmul,
-    torch.Tensor.matmul: _matmul,
-    torch.Tensor.__matmul__: _matmul,
-    torch.mm: _matmul,
-    torch.Tensor.mm: _matmul,
-    torch.bmm: _bmm,
-    torch.Tensor.bmm: _bmm,
-    torch.addmm: _addmm,
-    torch.baddbmm: _baddbmm,
-    functional.scaled_dot_product_attention: _attention,
+    torch.matmul: matmul,
+    torch.Tensor.matmul: matmul,
+    torch.Tensor.__matmul__: matmul,
+    torch.Tensor.__rmatmul__: rmatmul,
+    torch.linalg.matmul: matmul,
+    torch.mm: matmul,
+    torch.Tensor.mm: matmul,
+    torch.mv: matmul,
+    torch.Tensor.mv: matmul,
+    torch.bmm: bmm,
+    torch.Tensor.bmm: bmm,
+    torch.addmm: addmm,
+    torch.Tensor.addmm: addmm,
+    torch.baddbmm: baddbmm,
+    torch.Tensor.baddbmm: baddbmm,
+    torch.einsum: einsum,
+    functional.scaled_dot_product_attention: scaled_dot_product_attention,
 }
 _STAYS: Final[Mapping[Any, str]] = {
-    functional.conv3d: "conv3d",
-    functional.conv_transpose1d: "conv_transpose1d",
-    functional.conv_transpose2d: "conv_transpose2d",
-    functional.conv_transpose3d: "conv_transpose3d",
-    functional.bilinear: "bilinear",
-    functional.multi_head_attention_forward: "multi_head_attention_forward",
-    torch.einsum: "einsum",
-    torch.addmm: "addmm",
-    torch.lstm: "lstm",
-    torch.gru: "gru",
-    torch.rnn_tanh: "rnn_tanh",
-    torch.rnn_relu: "rnn_relu",
-    torch._transformer_encoder_layer_fwd: "transformer_encoder_layer (fast path)",
-    torch._native_multi_head_attention: "multi_head_attention (fast path)",
+    getattr(module, name): name
+    for module, names in (
+        (torch, "conv3d conv_transpose1d conv_transpose2d conv_transpose3d conv_tbc bilinear"),
+        (torch, "inner tensordot addmv addbmm addr chain_matmul cdist"),
+        (torch, "lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell"),
+        (torch, "_transformer_encoder_layer_fwd _native_multi_head_attention"),
+        (torch.linalg, "multi_dot"),
+        (torch.Tensor, "inner addmv addbmm addr addmm_ baddbmm_ addmv_ addbmm_ addr_"),
+    )
+    for name in names.split()
+    if hasattr(module, name)
 }
+_NAMES: Final = {"input": "x", "weight": "w", "mat2": "w", "other": "w", "vec": "w"}
+_SUMMAND_NAMES: Final = {
+    "input": "bias", "mat1": "x", "mat2": "w", "batch1": "x", "batch2": "w",
+}  # fmt: skip
+_SUMMANDS: Final = (addmm, baddbmm)
 
 
 class Interceptor(TorchFunctionMode):
-    """Active while a model's ``forward`` runs."""
+    """Active while modules of a model run."""
 
     def __init__(self, engine: Engine) -> None:
         super().__init__()
@@ -217,24 +140,74 @@ class Interceptor(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         handler = _HANDLERS.get(func)
-        if handler is not None and _floats(args):
-            found = handler(self._engine, *args, **_renamed(kwargs))
+        if handler is not None:
+            found = self._offloaded(func, handler, args, kwargs)
             if found is not None:
                 return found
-            self._engine.stays(func.__name__)
         elif func in _STAYS:
             self._engine.stays(_STAYS[func])
+        elif func is functional.multi_head_attention_forward:
+            if multi_head_attention is None:
+                self._engine.stays(func.__name__)
+            else:
+                with self:
+                    return multi_head_attention(*args, **kwargs)
         return func(*args, **kwargs)
 
+    def _offloaded(
+        self,
+        func: Any,
+        handler: Callable[..., torch.Tensor | None],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> torch.Tensor | None:
+        reason = "an argument out" if kwargs.get("out") is not None else _obstacle(args, kwargs)
+        if reason is None:
+            names = _SUMMAND_NAMES if handler in _SUMMANDS else _NAMES
+            named = {names.get(name, name): v for name, v in kwargs.items() if name != "out"}
+            found = handler(self._engine, *args, **named)
+            if found is not None:
+                return found
+            reason = "these operands"
+        if reason:
+            self._engine.stays(f"{func.__name__} with {reason}")
+        return None
 
-def _floats(args: tuple[Any, ...]) -> bool:
-    return all(
-        a.dtype in {torch.float32, torch.float64} for a in args if isinstance(a, torch.Tensor)
-    )
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from _tensors(one)
 
 
-_NAMES: Final = {"input": "x", "weight": "w", "mat2": "w", "other": "w"}
+def _obstacle(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """Why operands cannot be offloaded; empty if that is not worth a notice.
 
-
-def _renamed(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {_NAMES.get(name, name): value for name, value in kwargs.items() if name != "out"}
+    Raises:
+        InputError: a tensor is not in the enclave's memory.
+    """
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast"
+    found: set[torch.dtype] = set()
+    for tensor in _tensors((args, tuple(kwargs.values()))):
+        if tensor.device.type != "cpu":
+            raise InputError(
+                "a model that is offloaded computes on another device",
+                found=str(tensor.device),
+                expected="cpu, which is the enclave's own memory",
+                remedy="keep model and data on the CPU; give devices to offload() as accelerators",
+            )
+        if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            return "a transform of torch.func"
+        if tensor.layout is not torch.strided:
+            return f"layout {tensor.layout}"
+        if tensor.numel() == 0:
+            return ""
+        if tensor.dtype != torch.bool:  # a mask
+            found.add(tensor.dtype)
+    odd = found - {torch.float32, torch.float64}
+    if odd:
+        return " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in odd))
+    return None if len(found) == 1 else "mixed dtypes"

@@ -13,6 +13,8 @@ enclave, as does everything outside the model's ``forward``.
 from __future__ import annotations
 
 import logging
+import threading
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -20,17 +22,21 @@ from typing import Any, Self
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from cenacle.accelerators.protocol import Accelerator
 from cenacle.documents.receipt import LeakageRecord
 from cenacle.errors import InputError
+from cenacle.offload.attention import FastPath
 from cenacle.offload.fleet import Fleet, Loss, Role
+from cenacle.offload.integrity import Verifier
 from cenacle.offload.intercept import Interceptor
-from cenacle.offload.maps import LinearMap
+from cenacle.offload.maps import LinearMap, MatrixProduct
 from cenacle.offload.profile import Profile
+from cenacle.offload.running import Running
 from cenacle.offload.schemes.base import Needs, Scheme, Site, make_scheme
 from cenacle.offload.transcript import Transcript
+from cenacle.offload.weights import Weights
 
 __all__ = ["Offload", "offload"]
 
@@ -56,7 +62,6 @@ class _Offloaded(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         session: Offload = ctx.session
         session.check_open()
@@ -64,7 +69,28 @@ class _Offloaded(torch.autograd.Function):
         _, _, *wanted = ctx.needs_input_grad
         with session.profile.span(ctx.site.name, "backward"), torch.no_grad():
             found = session.scheme.backward(ctx.site, ctx.saved, gy, x, w, Needs(*wanted))
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            ctx.saved = None  # as torch frees what it saved itself, although the node lives on
+        if torch.is_grad_enabled():  # create_graph=True
+            once: Any = _Once.apply
+            anchor = torch.zeros((), requires_grad=True)
+            return (None, None, *(None if g is None else once(g, anchor) for g in found))
         return (None, None, *found)
+
+
+class _Once(torch.autograd.Function):
+    """A gradient that must not be differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: torch.Tensor, _: torch.Tensor) -> torch.Tensor:  # noqa: ARG004
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: torch.Tensor) -> None:  # noqa: ARG004
+        raise InputError(
+            "gradients of an offloaded model cannot be differentiated again",
+            remedy="take second derivatives of the model outside the `with offload(...)` block",
+        )
 
 
 class Offload:
@@ -79,13 +105,13 @@ class Offload:
     def __init__(self, model: nn.Module, scheme: Scheme, fleet: Fleet) -> None:
         self.model = model
         self.scheme = scheme
+        scheme.stays = self.stays
         self.fleet = fleet
         self.kept_inside: list[str] = []
-        self._names: dict[int, str] = {}
-        self._given: set[int] = set()
-        self._products = 0
-        self._running: list[Interceptor] = []
-        self._hooks: list[Any] = []
+        self._weights = Weights(model)
+        self._running: Running | None = None
+        self._optimizers: Any = None
+        self._modules: tuple[nn.Module, ...] = ()
         self._open = False
 
     @property
@@ -101,13 +127,29 @@ class Offload:
         return tuple(self.fleet.losses)
 
     def __enter__(self) -> Self:
-        self.scheme.attach(self.fleet, self.model)
-        self._names = {id(p): name for name, p in self.model.named_parameters()}
-        self._hooks = [
-            self.model.register_forward_pre_hook(self._begin, with_kwargs=True),
-            self.model.register_forward_hook(self._end, always_call=True),
-        ]
+        if self._running is not None:
+            raise InputError(
+                "an offload session is used once", remedy="call offload() for another one"
+            )
+        try:
+            _check(self.model)
+            with _LOCK:
+                if any(module in _OFFLOADED for module in self.model.modules()):
+                    raise InputError(
+                        "the model is in an offload session already",
+                        remedy="end that session first, or offload another copy of the model",
+                    )
+                self.scheme.attach(self.fleet, self.model)
+                _OFFLOADED.update(self.model.modules())
+        except BaseException:
+            self.fleet.close()
+            raise
         self._open = True
+        self._modules = tuple(self.model.modules())
+        self._weights.refresh()
+        self._running = Running(self.model, self._mode)
+        self._optimizers = register_optimizer_step_post_hook(self._stepped)
+        FastPath.off()
         return self
 
     def __exit__(
@@ -120,12 +162,19 @@ class Offload:
 
     def close(self) -> None:
         """Give the model back as it was and let the workers go. Safe to call twice."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
-        if self._open:
-            self._open = False
+        if not self._open:
+            return
+        self._open = False
+        if self._running is not None:
+            self._running.remove()
+        self._optimizers.remove()
+        FastPath.restore()
+        with _LOCK:
+            for module in self._modules:
+                _OFFLOADED.discard(module)
+        try:
             self.scheme.detach()
+        finally:
             self.fleet.close()
             if self.fleet.transcript is not None:
                 self.fleet.transcript.close()
@@ -138,28 +187,30 @@ class Offload:
                 remedy="call backward() within the `with offload(...)` block",
             )
 
+    def weights_changed(self) -> None:
+        """Say that weights were written past torch: through ``.data``, or as an array.
+
+        All other changes are seen: by optimizers, in place, by ``load_state_dict``, and by
+        putting another tensor in a weight's place.
+        """
+        self._weights.changed()
+
     # ------------------------------------------------------------------ the model runs
 
-    def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._given = {
-            value.untyped_storage().data_ptr()
-            for value in (*args, *kwargs.values())
-            if isinstance(value, torch.Tensor)
-        }
-        self._products = 0
-        mode = Interceptor(self)
-        mode.__enter__()  # type: ignore[no-untyped-call]
-        self._running.append(mode)
+    def _mode(self) -> Interceptor:
+        self._weights.refresh()
+        return Interceptor(self)
 
-    def _end(self, *_: Any) -> None:
-        if self._running:
-            self._running.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
-        self._given = set()
+    def _stepped(self, optimizer: Optimizer, *_: Any) -> None:
+        """Fused optimizers write weights without counting a new version of them."""
+        for group in optimizer.param_groups:
+            if group.get("fused"):
+                self._weights.changed(p for p in group["params"] if p.grad is not None)
 
     # ------------------------------------------------------------------ the engine
 
     def is_weight(self, tensor: torch.Tensor) -> bool:
-        return id(tensor) in self._names
+        return self._weights.find(tensor) is not None
 
     def stays(self, function: str) -> None:
         if function not in self.kept_inside:
@@ -167,23 +218,46 @@ class Offload:
             _log.warning("%s is not offloaded: it runs in the enclave", function)
 
     def apply(
-        self,
-        map_: LinearMap,
-        x: torch.Tensor,
-        w: torch.Tensor,
-        bias: torch.Tensor | None,
-        parameter: torch.Tensor | None,
+        self, map_: LinearMap, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        if parameter is None:
-            self._products += 1
-            name, key = f"product-{self._products}", (0, 0)
-        else:
-            name, key = self._names[id(parameter)], (id(parameter), parameter._version)
-        given = x.untyped_storage().data_ptr() in self._given
-        role: Role = "inputs" if given else "activations"
-        site = Site(name.removesuffix(".weight"), map_, role, parameter is not None, key)
+        assert self._running is not None
+        role: Role = "inputs" if self._running.is_given(x) else "activations"
+        weight = self._weights.find(w)
+        if weight is not None:
+            site = Site(weight.name, map_, role, True, weight.key)
+        elif isinstance(map_, MatrixProduct):
+            site = Site(self._running.next_product(), map_, role, False, (0, 0))
+        else:  # a weight that was computed, e.g. by a parametrization
+            site = Site(self._running.path or "model", map_, role, False, (0, 0))
         found: torch.Tensor = _Offloaded.apply(self, site, x, w, bias)  # type: ignore[no-untyped-call]
         return found
+
+
+def _check(model: nn.Module) -> None:
+    """Raises :class:`InputError` if a model cannot be offloaded."""
+    for name, module in model.named_modules():
+        if (
+            isinstance(module, torch.jit.ScriptModule)
+            or hasattr(module, "_orig_mod")
+            or module._compiled_call_impl is not None
+        ):
+            raise InputError(
+                "a compiled model cannot be offloaded: its layers cannot be seen",
+                found=f"{name or 'the model'} of class {type(module).__name__}",
+                remedy="offload the model that it was compiled from",
+            )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.device.type != "cpu":
+            raise InputError(
+                "a model that is offloaded lies on another device",
+                found=f"{name} on {tensor.device}",
+                expected="cpu, which is the enclave's own memory",
+                remedy="keep the model on the CPU; give devices to offload() as accelerators",
+            )
+
+
+_LOCK = threading.Lock()
+_OFFLOADED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def offload(
@@ -193,6 +267,7 @@ def offload(
     *,
     timeout: float = 120.0,
     transcript: Path | Transcript | None = None,
+    check: bool | Verifier | None = None,
     **options: Any,
 ) -> Offload:
     """Offload ``model`` within a ``with`` block.
@@ -204,6 +279,8 @@ def offload(
         accelerators: workers; closed when the block ends.
         timeout: seconds after which a worker counts as hanging.
         transcript: a folder, to record what every worker received.
+        check: whether to verify what workers return, or how; by default unless the scheme
+            trusts them.
 
     Raises:
         InputError: no such scheme or option, or accelerators with equal names.
@@ -211,4 +288,8 @@ def offload(
     """
     record = Transcript(transcript) if isinstance(transcript, Path) else transcript
     made = make_scheme(scheme, **options) if isinstance(scheme, str) else scheme
-    return Offload(model, made, Fleet(accelerators, timeout=timeout, transcript=record))
+    if check is None:
+        check = made.verified
+    verifier = check if isinstance(check, Verifier) else Verifier() if check else None
+    fleet = Fleet(accelerators, timeout=timeout, verifier=verifier, transcript=record)
+    return Offload(model, made, fleet)

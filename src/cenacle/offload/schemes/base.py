@@ -20,7 +20,17 @@ from cenacle.errors import InputError
 from cenacle.offload.fleet import Fleet, Role
 from cenacle.offload.maps import LinearMap, MatrixProduct
 
-__all__ = ["SCHEMES", "Gradients", "Needs", "Scheme", "Site", "bias_gradient", "make_scheme"]
+__all__ = [
+    "SCHEMES",
+    "Gradients",
+    "Needs",
+    "Scheme",
+    "Site",
+    "add_bias",
+    "bias_gradient",
+    "make_scheme",
+    "register",
+]
 
 
 @dataclass(frozen=True)
@@ -57,19 +67,27 @@ class Gradients(NamedTuple):
     bias: torch.Tensor | None = None
 
 
+def _nobody(_: str) -> None:
+    """Takes notices while there is no session."""
+
+
 class Scheme(ABC):
     """Base of all schemes. One instance serves one session.
 
     Attributes:
         keeps_input: whether :meth:`backward` needs the true ``x``; if not, the enclave does
             not keep it.
+        verified: whether the fleet checks every product by default: not where workers are
+            trusted, nor where the scheme checks by itself.
     """
 
     name: ClassVar[str]
     keeps_input: ClassVar[bool] = True
+    verified: ClassVar[bool] = True
 
     def __init__(self) -> None:
         self.fleet: Fleet
+        self.stays: Callable[[str], None] = _nobody
 
     @property
     @abstractmethod

@@ -31,7 +31,9 @@ class Measured(Scheme):
     """Sends every operand as it is."""
 
     name: ClassVar[str] = "measured"
-    keeps_input: ClassVar[bool] = False
+    verified: ClassVar[bool] = False
+    # The parcel is x itself where memory is not shared: torch is to notice if it is overwritten.
+    keeps_input: ClassVar[bool] = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,11 +47,11 @@ class Measured(Scheme):
             weights="plaintext",
             activations="plaintext",
             gradients="plaintext",
-            labels="hidden",
+            labels="plaintext",
             note=(
                 "Nothing is disguised: the accelerators' host sees all of it and is trusted "
                 "because its software was measured. Measured is not confidential. Labels are "
-                "not sent, but gradients tell much about them."
+                "not sent, but the gradients of the last layer tell them."
             ),
         )
 
