@@ -1,4 +1,4 @@
-"""The hospitals' demonstration, as a user plays it."""
+"""The demonstrations, as a user plays them."""
 
 from __future__ import annotations
 
@@ -60,3 +60,36 @@ def test_the_demonstration_plays_and_its_figures_are_the_last_line(tmp_path: Pat
     row = (folder / "hospital-a" / "records.csv").read_text().splitlines()[1]
     others = (p for p in folder.rglob("*") if p.is_file() and p.name != "records.csv")
     assert not [p for p in others if row.encode() in p.read_bytes()]
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_one_network_is_trained_under_three_schemes(tmp_path: Path) -> None:
+    """On scikit-learn's digits; MNIST is the same with more pictures."""
+    folder = tmp_path / "demo"
+    environment = {n: v for n, v in os.environ.items() if n not in {"CENACLE_HOME", "CENACLE_DATA"}}
+    played = subprocess.run(
+        [sys.executable, "-m", "cenacle", "demo", "images", "--json", "--dir", str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+        cwd=tmp_path,
+    )
+    assert played.returncode == 0, played.stderr
+    figures = json.loads(played.stdout.splitlines()[-1])
+    assert figures["pictures"] == 1797
+    rows = {row["scheme"]: row for row in figures["schemes"]}
+    assert list(rows) == ["enclave", "permuted", "lowrank"]
+    for scheme, row in rows.items():
+        assert row["accuracy"] > 0.8
+        assert row["leakage"]["scheme"] == scheme
+        assert Path(row["receipt"]).is_file()
+        assert (row["bytes_sent"] > 0) == (scheme != "enclave")
+        assert (row["results_checked"] > 0) == (scheme != "enclave")
+        assert row["dropped"] == []
+    assert abs(rows["lowrank"]["accuracy"] - rows["enclave"]["accuracy"]) < 0.01
+    assert rows["permuted"]["leakage"]["weights"] == "obfuscated"
+    for words in ("draft lowrank.yaml", "propose", "sign", "run", "open", "verify"):
+        assert f"cenacle {words}" in played.stderr
+    assert "Traceback" not in played.stderr

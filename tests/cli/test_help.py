@@ -35,10 +35,12 @@ broker show
 broker start
 contracts
 demo hospitals
+demo images
 draft
 enclave layers
 enclave measure
 log
+offload schemes
 open
 party list
 party new
@@ -73,7 +75,7 @@ def test_every_command_answers_in_json_if_asked(path: tuple[str, ...]) -> None:
 
 def test_the_program_and_each_group_give_an_example_of_a_command() -> None:
     groups = {"": ROOT, **{n: c for n, c in ROOT.commands.items() if hasattr(c, "commands")}}
-    assert len(groups) == 6
+    assert len(groups) == 7
     for name, group in groups.items():
         example = group.epilog.splitlines()[0]
         assert example.startswith(f"Example: cenacle {name}")

@@ -62,6 +62,7 @@ SUCCESSES = {
     "broker invite": ("hospital-a", ["broker", "invite", "--as", "hospital-a"], "token"),
     "enclave layers": ("lab", ["enclave", "layers"], "layers"),
     "enclave measure": ("operator", ["enclave", "measure"], "reference"),
+    "offload schemes": ("lab", ["offload", "schemes"], "schemes"),
     "seal": (
         "hospital-a",
         ["seal", "{records.csv}", "--terms", "{terms.yaml}", "--as", "hospital-a"],
@@ -95,6 +96,7 @@ FAILURES = {
     "broker show": ("lab", ["broker", "show", "--broker", "other"], 2),
     "broker invite": ("lab", ["broker", "invite", "--as", "lab"], 4),
     "enclave measure": ("lab", ["enclave", "measure", "--layers", "moat"], 2),
+    "demo images": ("lab", ["demo", "images", "--data", "{folder}"], 2),
     "seal": (
         "hospital-a",
         ["seal", "{folder}/none.csv", "--terms", "{terms.yaml}", "--as", "hospital-a"],

@@ -99,7 +99,7 @@ REFERENCE = ("enclave", "reference")
         (put("enclave", "layers", value=["Seccomp"]), "layers"),
         (put("enclave", "skip", value=True), "unknown field"),
         # the rest
-        (put("offload", value={"scheme": "permuted"}), "scheme"),
+        (put("offload", value={"scheme": "plain"}), "scheme"),
         (payment(amount=-1), "amount"),
         (payment(amount=12.5), "amount"),
         (payment(currency="euro"), "currency"),

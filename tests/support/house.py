@@ -218,10 +218,13 @@ class House:
 
     def enclave(self, chosen: SandboxPlan | None = None) -> dict[str, Any]:
         """Reference values of this machine."""
-        layers = (chosen or self.plan).layers
-        if layers not in self._measured:
-            self._measured[layers] = measure_here(self.operator, layers)
-        return self._measured[layers]
+        plan_ = chosen or self.plan
+        key = (*plan_.layers, str(plan_.accelerators))
+        if key not in self._measured:
+            self._measured[key] = measure_here(
+                self.operator, plan_.layers, accelerators=plan_.accelerators
+            )
+        return self._measured[key]
 
     def contract(
         self,
@@ -273,6 +276,7 @@ class House:
         *,
         resume: str | None = None,
         chosen: SandboxPlan | None = None,
+        accelerators: Sequence[str] = (),
     ) -> LaunchRequest:
         """What ``cenacle run`` asks its launcher for."""
         out.mkdir(exist_ok=True, parents=True)
@@ -290,6 +294,7 @@ class House:
             },
             writable={"outputs": out, "checkpoints": out / "checkpoints"},
             threads=1,
+            accelerators=tuple(accelerators),
         )
 
     def run(
@@ -301,12 +306,15 @@ class House:
         resume: str | None = None,
         files: Mapping[str, Path] | None = None,
         chosen: SandboxPlan | None = None,
+        accelerators: Sequence[str] = (),
         watch: Callable[[RunningEnclave, Message], None] | None = None,
     ) -> Outcome:
         """Run a contract in an enclave to its end, good or bad."""
         found = {alias: sealed.path for alias, sealed in assets.items()} | dict(files or {})
         outcome = Outcome(out or self.path("results"))
-        request = self.request(digest, found, outcome.out, resume=resume, chosen=chosen)
+        request = self.request(
+            digest, found, outcome.out, resume=resume, chosen=chosen, accelerators=accelerators
+        )
         with ProcessLauncher().launch(request) as enclave:
             try:
                 for message in enclave.messages():

@@ -17,6 +17,8 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
+from cenacle.accelerators.buffers import Buffers
+
 __all__ = ["Accelerator", "HeapStaging", "Operation", "Pending", "Staging"]
 
 
@@ -47,10 +49,13 @@ class Staging(Protocol):
 
 
 class HeapStaging:
-    """Ordinary memory."""
+    """Ordinary memory, used again."""
+
+    def __init__(self) -> None:
+        self._buffers = Buffers()
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(tuple(shape), dtype=dtype)
+        return self._buffers.empty(shape, dtype)
 
 
 class Pending(ABC):

@@ -23,6 +23,7 @@ from cenacle.documents.asset import Asset
 from cenacle.documents.base import parse_json, parse_time, unb64
 from cenacle.documents.contract import Contract
 from cenacle.documents.dsse import Envelope
+from cenacle.documents.offload import EnclavePlan, MeasuredPlan
 from cenacle.documents.party import Party
 from cenacle.documents.receipt import LogInclusion, Receipt, ReceiptBundle, Statement
 from cenacle.errors import ProofError
@@ -253,6 +254,34 @@ def _check_statement(receipt: Receipt, opened: OpenedContract) -> None:
         "the statement names another offload scheme",
         receipt.offload.scheme,
         opened.contract.offload.scheme,
+    )
+    _check_accelerators(receipt, opened.contract)
+
+
+def _check_accelerators(receipt: Receipt, contract: Contract) -> None:
+    """They are as many as the contract says, of kinds that it allows, checked if it says so."""
+    plan, used = contract.offload, receipt.accelerators
+    if isinstance(plan, EnclavePlan) or used is None:
+        _must(
+            isinstance(plan, EnclavePlan) == (used is None),
+            "the statement's accelerators are not the contract's",
+            "none" if used is None else f"{len(used.accelerators)} accelerators",
+            f"those of scheme {plan.scheme}",
+        )
+        return
+    found = [one.kind for one in used.accelerators]
+    _must(
+        len(found) == plan.accelerators.count and set(found) <= set(plan.accelerators.kinds),
+        "the statement's accelerators are not the contract's",
+        ", ".join(found),
+        f"{plan.accelerators.count} of kind {' or '.join(plan.accelerators.kinds)}",
+    )
+    checked = not isinstance(plan, MeasuredPlan) and plan.check
+    _must(
+        used.checked == (used.products if checked else 0),
+        "the statement's results were not checked as the contract says",
+        f"{used.checked} of {used.products}",
+        "all" if checked else "none",
     )
 
 

@@ -12,6 +12,7 @@ import typer
 from cenacle.broker.receipts import OpenedContract
 from cenacle.cli.enclave import measure_here
 from cenacle.cli.home import Home, write_file
+from cenacle.cli.offload import plan_in_words
 from cenacle.cli.options import AsOption, BrokerOption, ContractArgument, OutOption
 from cenacle.cli.output import (
     JsonOption,
@@ -110,7 +111,9 @@ def draft(
                     found=repr(enclave),
                     expected="this-machine, or reference values",
                 )
-            enclave = measure_here(home, None if layers == "all" else layers.split(","))
+            outside = (wanted.offload or {}).get("scheme", "enclave") != "enclave"
+            chosen = None if layers == "all" else layers.split(",")
+            enclave = measure_here(home, chosen, accelerators=outside)
         fields = {
             "name": wanted.name,
             "purpose": wanted.purpose,
@@ -137,8 +140,10 @@ def draft(
         def show() -> None:
             if out is None:
                 sys.stdout.write(text)
-            else:
-                line(f"wrote {out}: contract {contract.digest}")
+                return
+            line(f"wrote {out}: contract {contract.digest}")
+            for sentence in plan_in_words(contract):
+                line(f"  {sentence}")
 
         finish({"contract": contract.digest, "path": out and str(out)}, json_, show)
 
@@ -189,9 +194,7 @@ def contract_in_words(opened: OpenedContract) -> list[str]:
             else ""
         )
         + f"; sandbox layers demanded: {', '.join(c.enclave.layers) or 'none'}.",
-        "Nothing is sent to accelerators."
-        if c.offload.scheme == "enclave"
-        else f"Algebra leaves the enclave under scheme {c.offload.scheme}.",
+        *plan_in_words(c),
         "The outputs are NOT differentially private.",
         f"Approval: {describe_rule(c.approval)}; signed so far: "
         f"{', '.join(sorted(opened.signed)) or 'nobody'}; "

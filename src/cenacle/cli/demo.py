@@ -18,11 +18,6 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def _group() -> None:
-    """Keep this a group although it has one command."""
-
-
 @app.command(epilog="Example: cenacle demo hospitals --json")
 def hospitals(
     folder: Annotated[
@@ -41,4 +36,37 @@ def hospitals(
 
     with errors_in_words(json_):
         figures, show = play(folder, quiet=json_)
+        finish(figures, json_, show)
+
+
+@app.command(epilog="Examples:\n\ncenacle demo images\n\ncenacle demo images --data ~/mnist --json")
+def images(
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder with MNIST's IDX files. Default: what CENACLE_DATA names; without such "
+            "files, scikit-learn's digits."
+        ),
+    ] = None,
+    download_url: Annotated[
+        str | None,
+        typer.Option(help="Fetch MNIST's IDX files from below this HTTPS address first."),
+    ] = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option("--dir", help="Folder to keep everything in; default: a new one."),
+    ] = None,
+    json_: JsonOption = False,
+) -> None:
+    """Train a network on pictures in an enclave that lets untrusted accelerators do the algebra.
+
+    The same recipe runs three times: inside the enclave alone, and with two
+    accelerator processes outside of it under the schemes permuted and lowrank.
+    The tables at the end show accuracy, time inside and outside, bytes across,
+    and what the accelerators learnt.
+    """
+    from cenacle.cli.demo_images import play
+
+    with errors_in_words(json_):
+        figures, show = play(folder, data, download_url, quiet=json_)
         finish(figures, json_, show)

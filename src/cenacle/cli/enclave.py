@@ -20,17 +20,21 @@ app = typer.Typer(
 )
 
 
-def measure_here(home: Home, layers: Sequence[str] | None) -> dict[str, Any]:
+def measure_here(
+    home: Home, layers: Sequence[str] | None, *, accelerators: bool = False
+) -> dict[str, Any]:
     """Reference values of this machine's simulated enclave, as a contract's ``enclave`` field.
 
-    Measured in an enclave with the same sandbox that is started for it.
+    Measured in an enclave with the same sandbox that is started for it, but for the sockets to
+    accelerators, of which the sandbox's own digest tells.
     """
     from cenacle.enclave.reference import measure_in_sandbox
     from cenacle.enclave.sandbox import plan
 
-    chosen = plan(layers)
+    chosen = plan(layers, accelerators=accelerators)
     values = {
-        **measure_in_sandbox(chosen),
+        **measure_in_sandbox(plan(layers)),
+        "sandbox": chosen.digest,
         "installation": home.installation().measurement,
     }
     return {
@@ -63,11 +67,16 @@ def measure(
     layers_: Annotated[
         str, typer.Option("--layers", help="Layers of the sandbox: all, or a,b,c.")
     ] = "all",
+    accelerators: Annotated[
+        bool,
+        typer.Option("--accelerators", help="With sockets to accelerators, for an offload plan."),
+    ] = False,
     json_: JsonOption = False,
 ) -> None:
     """Measure the enclave that this machine would start: reference values for a contract."""
     with errors_in_words(json_):
-        fields = measure_here(Home.default(), None if layers_ == "all" else layers_.split(","))
+        chosen = None if layers_ == "all" else layers_.split(",")
+        fields = measure_here(Home.default(), chosen, accelerators=accelerators)
         values = fields["reference"]["simulated"]
         # Not a table: digests are there to be compared and copied whole.
         finish(

@@ -8,7 +8,19 @@ from typing import Annotated
 import typer
 
 import cenacle
-from cenacle.cli import broker, contract, demo, enclave, log, party, receipt, run, seal, terms
+from cenacle.cli import (
+    broker,
+    contract,
+    demo,
+    enclave,
+    log,
+    offload,
+    party,
+    receipt,
+    run,
+    seal,
+    terms,
+)
 from cenacle.cli.output import EXIT_CODES, report_error
 from cenacle.errors import CenacleError, InputError
 
@@ -28,6 +40,7 @@ app.add_typer(party.app, name="party")
 app.add_typer(terms.app, name="terms")
 app.add_typer(broker.app, name="broker")
 app.add_typer(enclave.app, name="enclave")
+app.add_typer(offload.app, name="offload")
 app.add_typer(demo.app, name="demo")
 app.command(epilog="Example: cenacle seal records.csv --terms terms.yaml --as hospital-a")(
     seal.seal

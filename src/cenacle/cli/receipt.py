@@ -16,10 +16,10 @@ from cenacle.cli.options import AsOption, BrokerOption
 from cenacle.cli.output import JsonOption, cell, console, errors_in_words, finish, line
 from cenacle.documents.base import unb64
 from cenacle.documents.protection import at_least
-from cenacle.documents.receipt import OutputRecord
+from cenacle.documents.receipt import OffloadRecord, OutputRecord
 from cenacle.errors import EvidenceError, InputError
 
-__all__ = ["open_", "verify"]
+__all__ = ["accelerators_in_words", "open_", "verify"]
 
 ReceiptArgument = Annotated[Path, typer.Argument(help="The receipt file (receipt.json).")]
 
@@ -69,6 +69,8 @@ def verify(
             "outputs": [{"name": o.name, "recipient": o.recipient} for o in r.outputs],
             "privacy": r.privacy,
             "offload": r.offload.scheme,
+            "leakage": r.offload.to_fields(),
+            "accelerators": r.accelerators and r.accelerators.to_fields(),
             "signed": sorted(found.opened.signed),
             "log_size": found.head.size,
         }
@@ -91,11 +93,26 @@ def _show(found: VerifiedReceipt) -> None:
     table.add_row("sandbox", ", ".join(r.layers) or "none")
     table.add_row("privacy", cell(r.privacy))
     table.add_row("offload", cell(f"{r.offload.scheme}: {r.offload.note}"))
+    if r.accelerators is not None:
+        table.add_row("accelerators", cell(accelerators_in_words(r.accelerators)))
     table.add_row("released", f"{found.released:%Y-%m-%d %H:%M:%S} UTC, resumed {r.resumed} times")
     table.add_row(
         "log", f"entry {r.release.index} under a signed head of {found.head.size} entries"
     )
     console.print(table)
+
+
+def accelerators_in_words(record: OffloadRecord) -> str:
+    """Who they were, what crossed, and what was wrong with them, one fact a line."""
+    lines = [f"{one.name}: {one.description}" for one in record.accelerators]
+    lines += [
+        f"sent {record.bytes_sent:,} bytes, took {record.bytes_received:,} back",
+        f"{record.products:,} results, {record.checked:,} of them checked",
+        *(f"dropped {one.name} at {one.layer}: {one.reason}" for one in record.dropped),
+    ]
+    if record.kept_inside:
+        lines.append(f"ran in the enclave all the same: {', '.join(record.kept_inside)}")
+    return "\n".join(lines)
 
 
 def open_(

@@ -16,12 +16,13 @@ from cenacle.cli.home import Home
 from cenacle.cli.options import AsOption, BrokerOption, ContractArgument
 from cenacle.cli.output import JsonOption, errors_in_words, finish, line, progress_bar, say
 from cenacle.documents.base import short
+from cenacle.documents.offload import EnclavePlan, OffloadPlan
 from cenacle.errors import CenacleError, ConflictError, EnclaveError, InputError, RefusedError
 
 if TYPE_CHECKING:
     from cenacle.enclave.launcher import RunningEnclave
 
-__all__ = ["abandon", "find_sealed", "run"]
+__all__ = ["abandon", "choose_accelerators", "find_sealed", "run"]
 
 _WORDS = {
     "starting": "starting",
@@ -77,6 +78,32 @@ def find_sealed(opened: OpenedContract, places: list[Path]) -> dict[str, Path]:
     return found
 
 
+def choose_accelerators(plan: OffloadPlan, wanted: str) -> tuple[str, ...]:
+    """The kind of each accelerator to start.
+
+    Args:
+        wanted: a kind, or ``contract`` for the first one that the contract allows.
+
+    Raises:
+        InputError: the contract does not allow this kind, or any.
+    """
+    if isinstance(plan, EnclavePlan):
+        if wanted != "contract":
+            raise InputError(
+                "the contract sends nothing to accelerators", found=wanted, expected="none"
+            )
+        return ()
+    allowed = plan.accelerators.kinds
+    kind = allowed[0] if wanted == "contract" else wanted
+    if kind not in allowed:
+        raise InputError(
+            "the contract does not allow this kind of accelerator",
+            found=kind,
+            expected=" or ".join(allowed),
+        )
+    return (kind,) * plan.accelerators.count
+
+
 def run(
     contract: ContractArgument,
     data: Annotated[
@@ -95,6 +122,13 @@ def run(
     threads: Annotated[
         int | None, typer.Option(help="Threads of the enclave's algebra; default: one a core.")
     ] = None,
+    accelerators: Annotated[
+        str,
+        typer.Option(
+            help="Kind of accelerators to start outside the enclave: contract (the first that it "
+            "allows), process or cuda."
+        ),
+    ] = "contract",
     broker: BrokerOption = "default",
     json_: JsonOption = False,
 ) -> None:
@@ -122,11 +156,12 @@ def run(
             _check_run(resume, open_run)
             demanded = opened.contract.enclave.layers
             chosen = {"contract": demanded, "all": None}.get(layers, layers.split(","))
+            workers = choose_accelerators(opened.contract.offload, accelerators)
             checkpoints = out / "checkpoints"
             checkpoints.mkdir(parents=True, exist_ok=True)
             request = LaunchRequest(
                 broker=_address(client),
-                plan=plan(chosen),
+                plan=plan(chosen, accelerators=bool(workers)),
                 config={
                     "contract": contract,
                     "broker": client.identity.to_fields(),
@@ -139,15 +174,16 @@ def run(
                 writable={"outputs": out, "checkpoints": checkpoints},
                 argv=("-m", "cenacle.enclave"),
                 threads=threads,
+                accelerators=workers,
             )
             try:
-                receipt = _watch(ProcessLauncher().launch(request), out, json_)
+                receipt, stages = _watch(ProcessLauncher().launch(request), out, json_)
             except KeyboardInterrupt:
                 _tell_open_run(client, contract)
                 raise
             except CenacleError as error:
                 raise _with_way_on(error, client, contract) from None
-        _report(receipt, started, json_)
+        _report(receipt, started, json_, stages)
 
 
 def _is_finished(out: Path, contract: str, resume: bool) -> bool:
@@ -227,28 +263,43 @@ def _check_run(resume: bool, open_run: str | None) -> None:
         )
 
 
-def _watch(enclave: RunningEnclave, out: Path, json_: bool) -> Path:
+def _watch(enclave: RunningEnclave, out: Path, json_: bool) -> tuple[Path, dict[str, float]]:
+    """Where the receipt is, and how many seconds each stage took; ``steps``: the part of
+    ``running`` from the first progress to the last."""
     from cenacle.enclave.channel import Failed, Finished, Progress, Stage
+
+    seconds: dict[str, float] = {}
+    name, begin, steps = "starting", time.monotonic(), 0.0
+
+    def ended() -> None:
+        seconds[name] = round(time.monotonic() - begin, 2)
 
     with enclave, progress_bar(f"enclave: {_WORDS['starting']}", not json_) as bar:
         for message in enclave.messages():
             match message:
-                case Stage(name):
+                case Stage(new):
+                    ended()
+                    name, begin = new, time.monotonic()
                     bar.step(f"enclave: {_WORDS[name]}")
                 case Progress(done, total):
+                    steps = steps or time.monotonic()
+                    seconds["steps"] = round(time.monotonic() - steps, 2)
                     bar.report(done, total)
                 case Failed():
                     raise message.to_error()
                 case Finished():
+                    ended()
                     enclave.wait(30)
-                    return out / "receipt.json"
+                    return out / "receipt.json", seconds
     raise EnclaveError("the enclave ended without a result")
 
 
-def _report(receipt: Path, started: float, json_: bool) -> None:
+def _report(
+    receipt: Path, started: float, json_: bool, stages: dict[str, float] | None = None
+) -> None:
     seconds = round(time.monotonic() - started, 2)
     finish(
-        {"receipt": str(receipt), "seconds": seconds},
+        {"receipt": str(receipt), "seconds": seconds, "stages": stages or {}},
         json_,
         lambda: line(f"receipt {receipt} after {seconds} s"),
     )

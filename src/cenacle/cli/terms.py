@@ -26,7 +26,10 @@ kind: terms
 protection: tee          # tee | measured | simulated: the weakest that is acceptable
 recipes: []              # model types (logistic, mlp, cnn, graph) or digests of whole recipes
 programs: []             # digests of programs that may run (sha256:...)
-offload: [enclave]       # schemes under which algebra may leave the enclave; enclave: it may not
+offload: [enclave]       # schemes under which algebra may leave the enclave for accelerators that
+                         # nobody trusts; enclave: it may not. `cenacle offload schemes` says what
+                         # each leaks; permuted-public-base: permuted although others may know the
+                         # weights that training starts from, which then protects nothing
 privacy: {epsilon: 0.0, delta: 0.0}   # total budget; `unbounded`: no differential privacy needed
 recipients: []           # who may receive outputs: names, or name@sha256:...
 outputs: []              # kinds that may leave: model, metrics, table, file

@@ -17,8 +17,9 @@ from cenacle.documents.base import (
     NonEmpty,
     Timestamp,
 )
+from cenacle.documents.offload import PUBLIC_BASE, EnclavePlan, OffloadPlan, PermutedPlan
 from cenacle.documents.protection import EVIDENCE_KINDS, Protection, at_least, protection_of
-from cenacle.documents.recipe import Recipe
+from cenacle.documents.recipe import GraphModel, Recipe
 from cenacle.documents.terms import OutputKind
 
 __all__ = [
@@ -116,12 +117,6 @@ class EnclaveRequirements(Frozen):
         return next(k for k in kinds if all(at_least(other, k) for other in kinds))
 
 
-class OffloadPlan(Frozen):
-    """Under which scheme algebra leaves the enclave; ``enclave``: it does not."""
-
-    scheme: Literal["enclave"] = "enclave"
-
-
 class Output(Frozen):
     """Something that leaves the enclave, sealed to one party."""
 
@@ -145,6 +140,7 @@ class Contract(Document):
     Attributes:
         parties: everyone involved, each pinned by the digest of the Party document.
         assets: inputs by the alias under which the job sees them.
+        offload: under which scheme algebra leaves the enclave; by default it does not.
         approval: who must have signed.
         vetoes: parties any one of whom can stop the job with a signed veto.
         replaces: digest of the contract that this one supersedes. The broker accepts one
@@ -163,7 +159,7 @@ class Contract(Document):
     assets: Annotated[dict[Name, AssetRef], Field(min_length=1, max_length=1000)]
     job: Job
     enclave: EnclaveRequirements
-    offload: OffloadPlan = OffloadPlan()
+    offload: OffloadPlan = EnclavePlan()
     outputs: Annotated[tuple[Output, ...], Field(min_length=1, max_length=100)]
     approval: Rule
     vetoes: tuple[Name, ...] = ()
@@ -213,6 +209,47 @@ class Contract(Document):
                     f"{' and '.join(_RECIPE_OUTPUTS)}: change its kind, or run a program"
                 )
         return self
+
+    @model_validator(mode="after")
+    def _job_can_be_offloaded(self) -> Self:
+        plan = self.offload
+        if isinstance(plan, EnclavePlan):
+            return self
+        if isinstance(self.job, ProgramJob):
+            raise ValueError(
+                f"offload {plan.scheme} is for recipes: a program has no way to an accelerator "
+                "yet; use scheme enclave"
+            )
+        if plan.scheme == "masked":
+            raise ValueError(
+                "offload masked is for inference, but a recipe trains: use masked-training, or "
+                "another scheme"
+            )
+        if isinstance(plan, PermutedPlan) and self._starts_from_weights != plan.allow_public_base:
+            raise ValueError(
+                "offload permuted hides nothing from whoever knows the weights that training "
+                "starts from: set allow_public_base: true, or train from random weights"
+                if self._starts_from_weights
+                else "offload permuted allows a public base, but the recipe has no "
+                "initial_weights: leave allow_public_base out"
+            )
+        return self
+
+    @property
+    def _starts_from_weights(self) -> bool:
+        model = self.job.recipe.model if isinstance(self.job, RecipeJob) else None
+        return isinstance(model, GraphModel) and model.initial_weights is not None
+
+    @property
+    def offload_permission(self) -> str:
+        """The name that terms must list under ``offload``: the scheme's, or what it comes to.
+
+        ``permuted`` of weights that others may know protects next to nothing, so it is not
+        allowed by terms that allow ``permuted``.
+        """
+        if isinstance(self.offload, PermutedPlan) and self.offload.allow_public_base:
+            return PUBLIC_BASE
+        return self.offload.scheme
 
     def payment_to(self, payee: str, currency: str) -> int:
         """The sum that others owe ``payee``; what a party pays itself does not count."""

@@ -72,8 +72,8 @@ def match_terms(
         _job(alias, assets, contract, subject),
         clause(
             "offload",
-            contract.offload.scheme in terms.offload,
-            contract.offload.scheme,
+            contract.offload_permission in terms.offload,
+            contract.offload_permission,
             _listed(terms.offload),
             "choose a scheme that the owner allows",
         ),

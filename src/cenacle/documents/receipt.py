@@ -22,15 +22,19 @@ from cenacle.documents.base import (
     NonEmpty,
     Timestamp,
 )
+from cenacle.documents.offload import AcceleratorKind
 from cenacle.documents.protection import Protection
 from cenacle.documents.terms import OutputKind
 
 __all__ = [
     "PREDICATE_TYPE",
+    "AcceleratorRecord",
     "Binding",
+    "DroppedAccelerator",
     "InputRecord",
     "LeakageRecord",
     "LogInclusion",
+    "OffloadRecord",
     "OutputRecord",
     "Receipt",
     "ReceiptBundle",
@@ -51,7 +55,59 @@ class LeakageRecord(Frozen):
     activations: Hidden
     gradients: Hidden
     labels: Hidden
-    note: NonEmpty
+    note: Annotated[str, Field(min_length=1, max_length=2000)]
+
+
+class AcceleratorRecord(Frozen):
+    """One worker, as its launcher and it itself describe it: neither is believed."""
+
+    name: Name
+    kind: AcceleratorKind
+    description: NonEmpty
+
+
+class DroppedAccelerator(Frozen):
+    """A worker that died, hung or answered wrongly, at which layer, and why."""
+
+    name: Name
+    layer: NonEmpty
+    reason: NonEmpty
+
+
+class OffloadRecord(Frozen):
+    """What the enclave sent to accelerators and took back, since it started.
+
+    Attributes:
+        dropped: workers whose share was computed by others from then on.
+        bytes_sent: to all of them. What a resumed run sent before is not in it.
+        products: results that were taken from workers.
+        checked: how many of these were verified and held.
+        seconds_inside: that the enclave worked on its models, waiting left out.
+        seconds_outside: that workers say they computed, added up.
+        kept_inside: linear operations of the model that ran in the enclave.
+    """
+
+    accelerators: Annotated[tuple[AcceleratorRecord, ...], Field(min_length=1, max_length=64)]
+    dropped: tuple[DroppedAccelerator, ...] = ()
+    bytes_sent: Natural
+    bytes_received: Natural
+    products: Natural
+    checked: Natural
+    seconds_inside: Annotated[float, Field(ge=0.0, le=1e9)]
+    seconds_outside: Annotated[float, Field(ge=0.0, le=1e9)]
+    kept_inside: tuple[NonEmpty, ...] = ()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        names = [one.name for one in self.accelerators]
+        lost = [one.name for one in self.dropped]
+        if len(set(names)) != len(names) or len(set(lost)) != len(lost):
+            raise ValueError("an accelerator is named twice")
+        if unknown := sorted(set(lost) - set(names)):
+            raise ValueError(f"{', '.join(unknown)} was dropped, but is no accelerator of the job")
+        if self.checked > self.products:
+            raise ValueError("more results were checked than taken")
+        return self
 
 
 class InputRecord(Frozen):
@@ -103,6 +159,7 @@ class Receipt(Frozen):
     outputs: Annotated[tuple[OutputRecord, ...], Field(min_length=1)]
     privacy: NonEmpty
     offload: LeakageRecord
+    accelerators: OffloadRecord | None = None
     resumed: Natural
     started: Timestamp
     finished: Timestamp

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import socket
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from cenacle.attestation.attesters import attester_for
 from cenacle.attestation.measure import measure_enclave
@@ -20,16 +20,20 @@ from cenacle.broker.receipts import OpenedContract, open_contract
 from cenacle.broker.rules import expected_program
 from cenacle.documents.base import Digest, Frozen, Name, NonEmpty
 from cenacle.documents.contract import ProgramJob, RecipeJob
+from cenacle.enclave.accelerators import attach, require_agreed
 from cenacle.enclave.assets import asset_path, check_files, open_asset
 from cenacle.enclave.channel import Channel, OutputFile
 from cenacle.enclave.checkpoints import SealedCheckpoints
 from cenacle.enclave.outputs import OutputValue, seal_outputs
 from cenacle.enclave.program_job import run_program
-from cenacle.enclave.receipt import finish, write_draft
+from cenacle.enclave.receipt import NOTHING_OFFLOADED, finish, write_draft
 from cenacle.enclave.recipe_job import run_recipe
 from cenacle.enclave.sandbox.entry import AgentConfig
 from cenacle.enclave.session import Session, patiently
 from cenacle.errors import EnclaveError
+
+if TYPE_CHECKING:
+    from cenacle.training import Offloading
 
 __all__ = ["AgentJob", "run_agent"]
 
@@ -62,6 +66,7 @@ def run_agent(config: AgentConfig, channel: Channel) -> None:
         opened = open_contract(job.contract, view.contract, view.parties, view.assets)
         job.broker.require_digest(opened.contract.broker)
         _check_layers(opened, config)
+        require_agreed(opened.contract, config)
 
         channel.stage("attesting")
         check_files(opened.assets, config.paths)
@@ -78,7 +83,8 @@ def run_agent(config: AgentConfig, channel: Channel) -> None:
         )
         try:
             channel.stage("running")
-            values = _run(opened, session, config, channel)
+            with attach(opened.contract, config, session) as offloading:
+                values = _run(opened, session, config, channel, offloading)
             channel.stage("outputs")
             records = seal_outputs(opened, job.contract, values, outputs)
         finally:
@@ -88,7 +94,16 @@ def run_agent(config: AgentConfig, channel: Channel) -> None:
         # As it stands now: a party may have signed between our first look and the release.
         view = patiently(lambda: client.contract_view(job.contract))
         opened = open_contract(job.contract, view.contract, view.parties, view.assets)
-        write_draft(session, view, opened, records, config.layers, outputs)
+        write_draft(
+            session,
+            view,
+            opened,
+            records,
+            config.layers,
+            outputs,
+            leakage=offloading.leakage if offloading else NOTHING_OFFLOADED,
+            offloaded=offloading.record() if offloading else None,
+        )
         receipt = finish(client, outputs)
         SealedCheckpoints(config.paths["checkpoints"], session).discard()
         channel.finished((), OutputFile(receipt.name, _sha256(receipt)))
@@ -108,7 +123,11 @@ def _check_layers(opened: OpenedContract, config: AgentConfig) -> None:
 
 
 def _run(
-    opened: OpenedContract, session: Session, config: AgentConfig, channel: Channel
+    opened: OpenedContract,
+    session: Session,
+    config: AgentConfig,
+    channel: Channel,
+    offloading: Offloading | None,
 ) -> dict[str, OutputValue]:
     if isinstance(opened.contract.job, RecipeJob):
         readers = {
@@ -116,7 +135,7 @@ def _run(
             for index, (alias, asset) in enumerate(opened.assets.items())
         }
         checkpoints = SealedCheckpoints(config.paths["checkpoints"], session)
-        return run_recipe(opened.contract, readers, checkpoints, channel.progress)
+        return run_recipe(opened.contract, readers, checkpoints, channel.progress, offloading)
     if config.worker is None:
         raise EnclaveError(
             "the launcher made no process for the program",

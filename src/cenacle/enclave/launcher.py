@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from cenacle.enclave.channel import Finished, Message
+from cenacle.enclave.host_accelerators import HostAccelerators
 from cenacle.enclave.relay import Relay
 from cenacle.enclave.sandbox import Mount, SandboxPlan, View
 from cenacle.enclave.sandbox.entry import AgentConfig, enclave_main
@@ -54,6 +55,8 @@ class LaunchRequest:
         writable: name -> existing folder that the enclave may write to.
         argv: arguments of the interpreter that start the agent.
         threads: for OpenMP and MKL; by default the processors this process may use.
+        accelerators: kind of each accelerator to start outside the enclave, with a socket
+            into it; only if the plan has accelerators.
     """
 
     broker: tuple[str, int]
@@ -63,6 +66,7 @@ class LaunchRequest:
     writable: Mapping[str, Path] = field(default_factory=dict)
     argv: tuple[str, ...] = ("-m", "cenacle.enclave")
     threads: int | None = None
+    accelerators: tuple[str, ...] = ()
 
 
 class RunningEnclave(ABC):
@@ -112,7 +116,8 @@ class Launcher(ABC):
 
         Raises:
             InputError: a mount does not exist or has an unusable name.
-            UnavailableError: the broker's address or the sandbox program cannot be used.
+            UnavailableError: the broker's address, the sandbox program or a kind of
+                accelerator cannot be used here.
         """
 
 
@@ -155,6 +160,14 @@ class ProcessLauncher(Launcher):
         writable = _mounts(job.writable, root, writable=True)
         if same := set(job.read_only) & set(job.writable):
             raise InputError("two mounts have the same name", found=", ".join(sorted(same)))
+        if bool(job.accelerators) != job.plan.accelerators:
+            raise InputError(
+                "the sandbox plan and the request differ in whether there are accelerators",
+                found=f"{len(job.accelerators)} accelerators",
+                expected="one or more" if job.plan.accelerators else "none",
+            )
+        threads = job.threads or len(os.sched_getaffinity(0))
+        outside = HostAccelerators(job.accelerators, threads)
         relay = Relay(job.broker).start()
         try:
             socket_mount = _place(_SOCKET_NAME, relay.path, root)
@@ -163,6 +176,7 @@ class ProcessLauncher(Launcher):
             )
             mounts = {**read_only, **writable, _SOCKET_NAME: socket_mount}
             config = {
+                "accelerators": outside.described(),
                 "job": dict(job.config),
                 # Under an outer layer the parent is the layer's own, which dies with us.
                 "parent": None if outer else os.getpid(),
@@ -176,19 +190,21 @@ class ProcessLauncher(Launcher):
                 document = json.dumps(config, allow_nan=False).encode()
             except (TypeError, ValueError):
                 raise InputError("the configuration of an enclave must be JSON") from None
-            threads = job.threads or len(os.sched_getaffinity(0))
             environment = enclave_environment(threads)
+            outside.start()
 
             def command(channel_fd: int) -> list[str]:
-                line = [*interpreter_command(), *job.argv, str(channel_fd)]
+                descriptors = ",".join(map(str, (channel_fd, *outside.descriptors)))
+                line = [*interpreter_command(), *job.argv, descriptors]
                 for layer in reversed(outer):
                     line = layer.wrap(line, view, environment)
                 return line
 
             return _ProcessEnclave(
-                ProcessWatch(command, environment, document, relay, wrapped=bool(outer))
+                ProcessWatch(command, environment, document, relay, outside, wrapped=bool(outer))
             )
         except BaseException:
+            outside.close()
             relay.close()
             raise
 

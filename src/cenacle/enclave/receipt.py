@@ -26,6 +26,7 @@ from cenacle.documents.receipt import (
     Binding,
     InputRecord,
     LeakageRecord,
+    OffloadRecord,
     OutputRecord,
     Receipt,
     ReceiptBundle,
@@ -37,12 +38,19 @@ from cenacle.errors import CenacleError, SealError
 from cenacle.sealing import verify_digest
 from cenacle.sealing.disk import AtomicFile, disk_errors, pwrite_all
 
-__all__ = ["DRAFT_FILE", "RECEIPT_FILE", "draft_contract", "finish", "write_draft"]
+__all__ = [
+    "DRAFT_FILE",
+    "NOTHING_OFFLOADED",
+    "RECEIPT_FILE",
+    "draft_contract",
+    "finish",
+    "write_draft",
+]
 
 DRAFT_FILE: Final = "receipt.draft.json"
 RECEIPT_FILE: Final = "receipt.json"
 
-_NO_OFFLOAD: Final = LeakageRecord(
+NOTHING_OFFLOADED: Final = LeakageRecord(
     scheme="enclave",
     inputs="hidden",
     weights="hidden",
@@ -72,8 +80,16 @@ def write_draft(
     outputs: tuple[OutputRecord, ...],
     layers: tuple[str, ...],
     folder: Path,
+    *,
+    leakage: LeakageRecord = NOTHING_OFFLOADED,
+    offloaded: OffloadRecord | None = None,
 ) -> None:
-    """Sign the statement and the settlement, and make both durable as a draft."""
+    """Sign the statement and the settlement, and make both durable as a draft.
+
+    Args:
+        leakage: what accelerators learnt under the contract's offload plan.
+        offloaded: the account of what went to them, if anything could.
+    """
     release = session.release
     receipt = Receipt(
         contract=session.contract,
@@ -92,7 +108,8 @@ def write_draft(
         },
         outputs=outputs,
         privacy="none: the outputs are not differentially private",
-        offload=_NO_OFFLOAD,
+        offload=leakage,
+        accelerators=offloaded,
         resumed=release.resumed,
         started=release.started,
         finished=format_time(datetime.now(UTC)),

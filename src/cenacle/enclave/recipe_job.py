@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 from cenacle.documents.contract import Contract, RecipeJob
 from cenacle.enclave.assets import AssetReader
 from cenacle.enclave.outputs import OutputValue
 from cenacle.errors import EnclaveError
 from cenacle.training import CheckpointSink
+
+if TYPE_CHECKING:
+    from cenacle.training import Offloading
 
 __all__ = ["run_recipe"]
 
@@ -18,6 +22,7 @@ def run_recipe(
     assets: Mapping[str, AssetReader],
     checkpoints: CheckpointSink,
     progress: Callable[[int, int], None],
+    offloading: Offloading | None = None,
 ) -> dict[str, OutputValue]:
     """Train and return the value of each of the contract's outputs.
 
@@ -43,6 +48,7 @@ def run_recipe(
         progress=progress,
         checkpoints=checkpoints,
         checkpoint_every=job.checkpoint_every,
+        offloading=offloading,
     )
     values: dict[str, OutputValue] = {}
     for output in contract.outputs:

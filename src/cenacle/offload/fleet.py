@@ -22,6 +22,7 @@ from typing import Final, Literal
 
 import torch
 
+from cenacle.accelerators.buffers import Buffers
 from cenacle.accelerators.inline import InlineAccelerator
 from cenacle.accelerators.protocol import Accelerator, Pending
 from cenacle.errors import AcceleratorError, InputError, IntegrityError
@@ -95,7 +96,7 @@ class Job:
             if check is None:
                 consume(rows, tensor)
             else:
-                consume(rows, check.verify(_own(tensor)))
+                consume(rows, check.verify(self._fleet.own(tensor)))
 
         self.collect_fused(checked)
 
@@ -144,7 +145,7 @@ class Job:
         try:
             consume(rows, tensor, check)
         except Doubt:
-            consume(rows, check.verify(_own(tensor)), check)
+            consume(rows, check.verify(self._fleet.own(tensor)), check)
 
     def result(self, check: Consumer | None = None) -> torch.Tensor:
         """The whole result in the enclave's own memory, checked if the fleet has a verifier.
@@ -155,7 +156,7 @@ class Job:
         found: list[torch.Tensor] = []
 
         def consume(rows: slice, tensor: torch.Tensor, verification: Check | None) -> None:
-            own = _own(tensor)
+            own = self._fleet.own(tensor)
             if verification is not None:
                 own = verification.verify(own)
             if check is not None:
@@ -171,10 +172,6 @@ class Job:
         for part in found[1:]:
             total += part
         return total
-
-
-def _own(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 class Fleet:
@@ -217,6 +214,7 @@ class Fleet:
         self.profile = Profile() if profile is None else profile
         self.losses: list[Loss] = []
         self.staging = accelerators[0].staging
+        self._buffers = Buffers()
         self._alive: list[Accelerator] = list(accelerators)
         self._own: InlineAccelerator | None = None
         self._handles = count(1)
@@ -237,6 +235,10 @@ class Fleet:
         parcel = Parcel(value.contiguous(), role, site)
         weakref.finalize(parcel, self._garbage.append, (parcel._held, parcel.value))
         return parcel
+
+    def own(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A contiguous copy in the enclave's memory."""
+        return self._buffers.empty(tensor.shape, tensor.dtype).copy_(tensor)
 
     def product(self, product: Product, *operands: Parcel, site: str) -> Job:
         """Start a product on all workers that take part; returns at once."""

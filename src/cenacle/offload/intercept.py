@@ -139,6 +139,9 @@ class Interceptor(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        done = self._engine.sees(func, args, kwargs)
+        if done is not None:
+            return done
         handler = _HANDLERS.get(func)
         if handler is not None:
             found = self._offloaded(func, handler, args, kwargs)
@@ -153,6 +156,10 @@ class Interceptor(TorchFunctionMode):
                 with self:
                     return multi_head_attention(*args, **kwargs)
         return func(*args, **kwargs)
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        self._engine.settle()
 
     def _offloaded(
         self,

@@ -36,6 +36,14 @@ class Engine(Protocol):
         """Linear algebra that is not offloaded runs in the enclave: to be noticed once."""
         ...
 
+    def sees(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+        """A function is called; its result, if that is known without calling it."""
+        ...
+
+    def settle(self) -> None:
+        """The model has run."""
+        ...
+
 
 def _dense(
     engine: Engine, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None

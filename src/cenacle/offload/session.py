@@ -29,9 +29,10 @@ from cenacle.documents.receipt import LeakageRecord
 from cenacle.errors import InputError
 from cenacle.offload.attention import FastPath
 from cenacle.offload.fleet import Fleet, Loss, Role
+from cenacle.offload.fusion import Fusion, State
 from cenacle.offload.integrity import Verifier
 from cenacle.offload.intercept import Interceptor
-from cenacle.offload.maps import LinearMap, MatrixProduct
+from cenacle.offload.maps import Convolution, LinearMap, MatrixProduct
 from cenacle.offload.profile import Profile
 from cenacle.offload.running import Running
 from cenacle.offload.schemes.base import Needs, Scheme, Site, make_scheme
@@ -51,31 +52,39 @@ class _Offloaded(torch.autograd.Function):
         ctx: Any,
         session: Offload,
         site: Site,
+        state: State,
         x: torch.Tensor,
         w: torch.Tensor,
         bias: torch.Tensor | None,
     ) -> torch.Tensor:
+        scheme = session.scheme
         with session.profile.span(site.name, "forward"):
-            y, ctx.saved = session.scheme.forward(site, x, w, bias)
-        ctx.session, ctx.site = session, site
-        ctx.save_for_backward(x if session.scheme.keeps_input else None, w)
+            forward = scheme.forward_relu if state.relu else scheme.forward
+            y, state.saved = forward(site, x, w, bias)
+        ctx.session, ctx.site, ctx.state = session, site, state
+        ctx.save_for_backward(x if scheme.keeps_input else None, w)
         return y
 
     @staticmethod
     def backward(ctx: Any, gy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         session: Offload = ctx.session
         session.check_open()
+        scheme, site, state = session.scheme, ctx.site, ctx.state
         x, w = ctx.saved_tensors
-        _, _, *wanted = ctx.needs_input_grad
-        with session.profile.span(ctx.site.name, "backward"), torch.no_grad():
-            found = session.scheme.backward(ctx.site, ctx.saved, gy, x, w, Needs(*wanted))
+        needs = Needs(*ctx.needs_input_grad[3:])
+        with session.profile.span(site.name, "backward"), torch.no_grad():
+            if state.relu:
+                found = scheme.backward_relu(site, state.saved, gy, state.kept(), x, w, needs)
+            else:
+                found = scheme.backward(site, state.saved, gy, x, w, needs)
         if not torch._C._autograd._get_current_graph_task_keep_graph():
-            ctx.saved = None  # as torch frees what it saved itself, although the node lives on
+            # As torch frees what it saved itself, although the node lives on.
+            state.saved = state.output = None
         if torch.is_grad_enabled():  # create_graph=True
             once: Any = _Once.apply
             anchor = torch.zeros((), requires_grad=True)
-            return (None, None, *(None if g is None else once(g, anchor) for g in found))
-        return (None, None, *found)
+            return (None, None, None, *(None if g is None else once(g, anchor) for g in found))
+        return (None, None, None, *found)
 
 
 class _Once(torch.autograd.Function):
@@ -108,6 +117,7 @@ class Offload:
         scheme.stays = self.stays
         self.fleet = fleet
         self.kept_inside: list[str] = []
+        self._fusion = Fusion()
         self._weights = Weights(model)
         self._running: Running | None = None
         self._optimizers: Any = None
@@ -229,8 +239,25 @@ class Offload:
             site = Site(self._running.next_product(), map_, role, False, (0, 0))
         else:  # a weight that was computed, e.g. by a parametrization
             site = Site(self._running.path or "model", map_, role, False, (0, 0))
-        found: torch.Tensor = _Offloaded.apply(self, site, x, w, bias)  # type: ignore[no-untyped-call]
+        fused = self.scheme.fuses_relu and isinstance(map_, Convolution)
+        state = State(None, relu=fused and self._fusion.expects(site.name))
+        found: torch.Tensor = _Offloaded.apply(self, site, state, x, w, bias)  # type: ignore[no-untyped-call]
+        if state.relu:
+            state.keep(found)
+        if fused:
+
+            def again() -> tuple[torch.Tensor, Any]:
+                with self.profile.span(site.name, "forward"), torch.no_grad():
+                    return self.scheme.forward(site, x, w, bias)
+
+            self._fusion.made(site.name, found, state, again)
         return found
+
+    def sees(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+        return self._fusion.sees(func, args, kwargs)
+
+    def settle(self) -> None:
+        self._fusion.settle()
 
 
 def _check(model: nn.Module) -> None:

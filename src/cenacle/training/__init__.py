@@ -21,6 +21,7 @@ from cenacle.training.sources import (
 if TYPE_CHECKING:
     from cenacle.training.inference import Predictions, load_model, predict
     from cenacle.training.model_file import read_model, write_model
+    from cenacle.training.offloading import Offloading
     from cenacle.training.run import TrainingResult, train
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "CheckpointSink",
     "MemoryTable",
     "MemoryTensors",
+    "Offloading",
     "Predictions",
     "Source",
     "TableSource",
@@ -43,6 +45,7 @@ __all__ = [
 __getattr__ = lazy_names(
     __name__,
     {
+        "Offloading": "offloading",
         "Predictions": "inference",
         "TrainingResult": "run",
         "load_model": "inference",

@@ -86,8 +86,9 @@ def build_model(
     *,
     integers: bool,
     initial: Mapping[str, NDArray[Any]] | None = None,
+    secret: str | None = None,
 ) -> Graph:
-    """A model with the recipe's initial weights, drawn by its seed or given.
+    """A model with the recipe's initial weights, drawn by its seed (and a secret) or given.
 
     Raises:
         DocumentError: the model does not fit samples of ``shape`` or the task.
@@ -111,7 +112,7 @@ def build_model(
             remedy="lower batch_size",
         )
     if initial is None:
-        graph.reset(torch_generator(recipe.seed, "weights"))
+        graph.reset(torch_generator(recipe.seed, "weights", *(() if secret is None else (secret,))))
     else:
         load_tensors(graph, initial, "the initial weights")
     return graph

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,9 @@ from cenacle.training.randomness import numpy_generator
 from cenacle.training.sources import Source, TensorSource
 from cenacle.training.split import choose, split_rows, strata_of
 from cenacle.training.trainer import Batches, Rows, Trainer, reproducible
+
+if TYPE_CHECKING:
+    from cenacle.training.offloading import Offloading
 
 __all__ = ["Progress", "TrainingResult", "train"]
 
@@ -56,11 +60,13 @@ def train(
     checkpoints: CheckpointSink | None = None,
     checkpoint_every: int = 0,
     threads: int | None = None,
+    offloading: Offloading | None = None,
 ) -> TrainingResult:
     """Run a recipe on opened assets.
 
     If ``checkpoints`` holds a state of this very job, training goes on from there and ends
-    with the same weights, bit for bit, as if it had never stopped.
+    with the same weights, bit for bit, as if it had never stopped; with ``offloading`` only
+    if :attr:`~cenacle.training.offloading.Offloading.reproducible`.
 
     Args:
         sources: opened assets by alias.
@@ -68,6 +74,7 @@ def train(
         checkpoints: where states go; one is saved after each model.
         checkpoint_every: also after so many steps; 0: no more.
         threads: of torch; None leaves them as they are.
+        offloading: where the models' linear algebra goes; None: nowhere.
 
     Raises:
         DataError: the data does not fit the recipe.
@@ -76,7 +83,7 @@ def train(
         VerificationError: the checkpoint belongs to another job.
     """
     with reproducible(threads):
-        job = _Job(recipe, sources, progress, checkpoints, checkpoint_every)
+        job = _Job(recipe, sources, progress, checkpoints, checkpoint_every, offloading)
         return job.run()
 
 
@@ -97,8 +104,10 @@ class _Job:
         progress: Progress | None,
         sink: CheckpointSink | None,
         every: int,
+        offloading: Offloading | None,
     ) -> None:
         self.recipe = recipe
+        self.offloading = offloading
         self.dataset = load_dataset(recipe, sources)
         self.initial = _initial_weights(recipe, sources)
         self.splits = split_rows(recipe, self.dataset)
@@ -180,8 +189,10 @@ class _Job:
             if self.progress is not None:
                 self.progress(before + trainer.step, total)
 
-        trainer.run(after_step)
-        self.results.append(self._measure(trainer, preprocessing))
+        outside = self.offloading.session(trainer.model) if self.offloading else nullcontext()
+        with outside:
+            trainer.run(after_step)
+            self.results.append(self._measure(trainer, preprocessing))
         if stage.alias is None:
             self.pooled = model_tensors(trainer.model)
             self.results[0]["preprocessing"] = preprocessing.to_fields()
@@ -203,7 +214,11 @@ class _Job:
         inputs, targets = self._gather(training)
         preprocessing = Preprocessing.fit(self.recipe, self.shape, inputs, targets)
         model = build_model(
-            self.recipe, self.shape, integers=preprocessing.integers, initial=self.initial
+            self.recipe,
+            self.shape,
+            integers=preprocessing.integers,
+            initial=self.initial,
+            secret=self.offloading.weights_secret if self.offloading else None,
         )
         rows = self._rows(inputs, targets, preprocessing)
         if preprocessing.integers:

@@ -7,19 +7,28 @@ import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 
 from cenacle.attestation.registry import VerifierSet
 from cenacle.attestation.simulated import InstallationKey, SimulatedAttester, SimulatedVerifier
-from cenacle.broker.receipts import VerifiedReceipt, open_contract, read_bundle, verify_receipt
+from cenacle.broker.receipts import (
+    VerifiedReceipt,
+    _check_accelerators,
+    open_contract,
+    read_bundle,
+    verify_receipt,
+)
 from cenacle.crypto import SigningKey
 from cenacle.documents.base import b64, canonical_json, parse_json, unb64
 from cenacle.documents.dsse import Envelope
-from cenacle.documents.receipt import Statement
+from cenacle.documents.offload import OffloadPlan
+from cenacle.documents.receipt import OffloadRecord, Statement
 from cenacle.errors import CenacleError, DocumentError, EvidenceError, ProofError, RefusedError
 from tests.support.nested import leaves, replaced
 
@@ -390,6 +399,82 @@ def test_a_lying_enclave(finished: Finished, path: tuple[Any, ...]) -> None:
     with pytest.raises(CenacleError) as caught:
         finished.verify(finished.restated(change))
     assert "settlement" not in caught.value.what
+
+
+_USED = {
+    "accelerators": [
+        {"name": f"process-{n}", "kind": "process", "description": "process, cpu"} for n in (1, 2)
+    ],
+    "dropped": [],
+    "bytes_sent": 10,
+    "bytes_received": 10,
+    "products": 7,
+    "checked": 7,
+    "seconds_inside": 1.5,
+    "seconds_outside": 0.5,
+    "kept_inside": [],
+}
+
+
+def test_accelerators_that_the_contract_does_not_have(finished: Finished) -> None:
+    def change(fields: Fields) -> None:
+        fields["predicate"]["accelerators"] = _USED
+
+    with pytest.raises(ProofError, match="accelerators are not the contract's"):
+        finished.verify(finished.restated(change))
+
+
+@pytest.mark.parametrize(
+    ("plan", "used", "problem"),
+    [
+        ({"scheme": "permuted"}, {}, None),
+        ({"scheme": "permuted"}, {"products": 0, "checked": 0}, None),
+        ({"scheme": "permuted", "check": False}, {"checked": 0}, None),
+        ({"scheme": "measured"}, {"checked": 0}, None),
+        ({"scheme": "measured"}, {}, "not checked as the contract says"),
+        ({"scheme": "permuted"}, {"checked": 6}, "not checked as the contract says"),
+        ({"scheme": "permuted", "check": False}, {}, "not checked as the contract says"),
+        ({"scheme": "permuted"}, None, "accelerators are not the contract's"),
+        ({"scheme": "enclave"}, {}, "accelerators are not the contract's"),
+        ({"scheme": "permuted", "count": 3}, {}, "accelerators are not the contract's"),
+        ({"scheme": "permuted", "kinds": ("cuda",)}, {}, "accelerators are not the contract's"),
+    ],
+)
+def test_what_a_receipt_says_of_accelerators_fits_the_plan(
+    plan: Fields, used: Fields | None, problem: str | None
+) -> None:
+    fields = dict(plan)
+    if plan["scheme"] != "enclave":
+        fields["accelerators"] = {
+            "count": fields.pop("count", 2),
+            "kinds": fields.pop("kinds", ("process",)),
+        }
+    contract: Any = SimpleNamespace(offload=TypeAdapter(OffloadPlan).validate_python(fields))
+    record = None if used is None else OffloadRecord.from_fields({**_USED, **used})
+    receipt: Any = SimpleNamespace(accelerators=record)
+    if problem is None:
+        _check_accelerators(receipt, contract)
+    else:
+        with pytest.raises(ProofError, match=problem):
+            _check_accelerators(receipt, contract)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"checked": 8},
+        {"accelerators": []},
+        {"accelerators": [_USED["accelerators"][0]] * 2},  # type: ignore[index]
+        {"dropped": [{"name": "process-3", "layer": "conv1", "reason": "it lied"}]},
+        {"dropped": [{"name": "process-1", "layer": "conv1", "reason": "it lied"}] * 2},
+        {"bytes_sent": -1},
+        {"seconds_outside": -0.5},
+    ],
+)
+def test_an_account_that_contradicts_itself_is_no_account(change: Fields) -> None:
+    assert OffloadRecord.from_fields(_USED)
+    with pytest.raises(DocumentError):
+        OffloadRecord.from_fields({**_USED, **change})
 
 
 def test_outputs_that_are_not_the_settled_ones(make_world: Any, tmp_path: Path) -> None:

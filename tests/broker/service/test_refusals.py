@@ -78,6 +78,26 @@ def test_each_field_of_terms(
     assert named(refused(enclave.release)) == {f"asset hospital-a: {clause}"}
 
 
+@pytest.mark.parametrize(
+    "scheme", ["enclave", "measured", "lowrank", "permuted", "masked-training"]
+)
+def test_keys_leave_only_for_a_scheme_that_every_owner_allows(
+    scheme: str, world: Any, make_terms: Callable[..., dict[str, Any]], refused: Refused
+) -> None:
+    """Without keys nothing is opened in the enclave, so nothing can be sent to accelerators."""
+    schemes = ("enclave", "measured", "lowrank", "permuted", "masked-training", "masked")
+    others = [name for name in schemes if name != scheme]
+    willing = world.deposit("hospital-a", "willing", terms=make_terms(offload=[scheme]))
+    strict = world.deposit("hospital-b", "strict", terms=make_terms(offload=others))
+    plan: dict[str, Any] = {"scheme": scheme}
+    if scheme == "masked-training":
+        plan["accelerators"] = {"count": 2}
+    digest = world.agree(world.contract(willing, strict, offload=plan))
+    assert named(refused(world.enclave(digest).release)) == {"asset hospital-b: offload"}
+    allowed = world.agree(world.contract(willing, offload=plan))
+    world.enclave(allowed).release()
+
+
 def test_absent_terms_allow_nothing(
     world: Any, make_terms: Callable[..., dict[str, Any]], refused: Refused
 ) -> None:

@@ -57,6 +57,7 @@ def _dishonest_launch(
 
 def _config(chosen: SandboxPlan, witness: Path) -> dict[str, Any]:
     return {
+        "accelerators": [],
         "job": {"witness": str(witness)},
         "parent": os.getpid(),
         "paths": {},

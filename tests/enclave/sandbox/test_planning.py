@@ -84,6 +84,15 @@ def test_settings_name_no_path_of_this_machine(tmp_path: Path) -> None:
     assert plan().digest == SandboxPlan.from_dict(json.loads(text)).digest
 
 
+def test_accelerators_are_part_of_the_digest() -> None:
+    closed, opened = plan(["process"]), plan(["process"], accelerators=True)
+    assert closed.settings == opened.settings
+    assert closed.digest != opened.digest
+    again = SandboxPlan.from_dict(opened.to_dict())
+    assert again == opened
+    assert again.accelerators
+
+
 def _without(fields: dict[str, Any]) -> dict[str, Any]:
     return {"version": 1}
 
@@ -107,6 +116,8 @@ BROKEN: list[Callable[[dict[str, Any]], Any]] = [
     _unknown,
     lambda fields: {**fields, "version": 2},
     lambda fields: {**fields, "more": 1},
+    lambda fields: {**fields, "accelerators": 1},
+    lambda fields: {name: value for name, value in fields.items() if name != "accelerators"},
     lambda fields: {**fields, "layers": ["process"]},
     lambda fields: {**fields, "layers": 7},
     lambda fields: {**fields, "layers": [{"name": "process"}]},

@@ -34,11 +34,13 @@ class View:
         read_only: sealed assets and whatever else the job reads.
         writable: folders for sealed outputs and checkpoints.
         sockets: unix sockets that it may connect to: the relay to the broker.
+        accelerators: whether it shares memory with accelerators over sockets that it inherits.
     """
 
     read_only: tuple[Mount, ...] = ()
     writable: tuple[Mount, ...] = ()
     sockets: tuple[Mount, ...] = ()
+    accelerators: bool = False
 
 
 class Layer(ABC):

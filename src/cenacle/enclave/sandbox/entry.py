@@ -41,6 +41,8 @@ class AgentConfig:
         plan: the sandbox that this process runs in.
         layers: the layers that were verified to be active: all of the plan's.
         worker: descriptor of a socket to the second process, if there is one.
+        accelerators: what the launcher says of each accelerator, and the descriptor of the
+            socket to it.
     """
 
     job: Mapping[str, Any]
@@ -48,6 +50,7 @@ class AgentConfig:
     plan: SandboxPlan
     layers: tuple[str, ...]
     worker: int | None = None
+    accelerators: tuple[tuple[Mapping[str, Any], int], ...] = ()
 
 
 Agent = Callable[[AgentConfig, Channel], None]
@@ -64,9 +67,10 @@ def enclave_main(agent: Agent | str, worker: str | None = None, worker_mounts: s
         worker_mounts: how the names of the read-only mounts begin that it may read.
     """
     status = EXIT_FAILED
-    channel = Channel(_take_channel())
+    pipe, sockets = _take_descriptors()
+    channel = Channel(pipe)
     try:
-        told = _read_config()
+        told = _read_config(sockets)
         connection = None if worker is None else _fork_worker(worker, worker_mounts, told, channel)
         config = _confine(told, connection)
         chosen = _load(agent) if isinstance(agent, str) else agent
@@ -83,21 +87,31 @@ def enclave_main(agent: Agent | str, worker: str | None = None, worker_mounts: s
     os._exit(status)
 
 
-def _take_channel() -> int:
-    """The pipe's number from the command line; every stream and descriptor else is closed."""
+def _take_descriptors() -> tuple[int, tuple[int, ...]]:
+    """The pipe's number and those of sockets to accelerators, from the command line.
+
+    Every stream and descriptor else is closed.
+    """
     try:
-        fd = int(sys.argv.pop())
-        if fd < 3 or not stat.S_ISFIFO(os.fstat(fd).st_mode):
+        fd, *sockets = (int(number) for number in sys.argv.pop().split(","))
+        if not stat.S_ISFIFO(os.fstat(fd).st_mode) or len({0, 1, 2, fd, *sockets}) < 4 + len(
+            sockets
+        ):
             raise ValueError
+        for number in sockets:
+            with socket.socket(fileno=os.dup(number)) as one:
+                if (one.family, one.type) != (socket.AF_UNIX, socket.SOCK_STREAM):
+                    raise ValueError
+            os.set_inheritable(number, False)
     except (IndexError, ValueError, OSError):
         sys.exit("this program is an enclave's inside: start it with `cenacle run`")
-    linux.close_inherited(frozenset({0, 1, 2, fd}))
+    linux.close_inherited(frozenset({0, 1, 2, fd, *sockets}))
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 1)
     os.dup2(null, 2)
     os.close(null)
     os.set_inheritable(fd, False)
-    return fd
+    return fd, tuple(sockets)
 
 
 @dataclass(frozen=True)
@@ -109,9 +123,10 @@ class _Told:
     plan: SandboxPlan
     view: View
     parent: int | None
+    accelerators: tuple[tuple[Mapping[str, Any], int], ...]
 
 
-def _read_config() -> _Told:
+def _read_config(sockets: tuple[int, ...]) -> _Told:
     with os.fdopen(os.dup(_CONFIG_FD), "rb") as file:
         file.seek(0)
         raw = file.read()
@@ -127,7 +142,15 @@ def _read_config() -> _Told:
             kind: tuple(Mount(paths[name], paths[name]) for name in listed)
             for kind, listed in names.items()
         }
-        return _Told(fields["job"], paths, plan, View(**mounts), fields["parent"])
+        view = View(**mounts, accelerators=plan.accelerators)
+        accelerators = tuple(zip(map(dict, fields["accelerators"]), sockets, strict=True))
+        if accelerators and not plan.accelerators:
+            raise EnclaveError(
+                "the sandbox plan has no accelerators, but there are sockets to some",
+                found=str(len(accelerators)),
+                remedy="run with the same version of cenacle that made the contract",
+            )
+        return _Told(fields["job"], paths, plan, view, fields["parent"], accelerators)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise EnclaveError("the launcher's configuration does not parse") from None
 
@@ -138,7 +161,14 @@ def _confine(told: _Told, worker: int | None) -> AgentConfig:
         # The launcher died before this process had asked to die with it.
         raise EnclaveError("the launcher of this enclave is gone")
     active = tuple(verify_active(told.plan))
-    return AgentConfig(job=told.job, paths=told.paths, plan=told.plan, layers=active, worker=worker)
+    return AgentConfig(
+        job=told.job,
+        paths=told.paths,
+        plan=told.plan,
+        layers=active,
+        worker=worker,
+        accelerators=told.accelerators,
+    )
 
 
 def _fork_worker(worker: str, prefix: str, told: _Told, channel: Channel) -> int:
@@ -152,6 +182,8 @@ def _fork_worker(worker: str, prefix: str, told: _Told, channel: Channel) -> int
     try:
         ours.close()
         channel.close()
+        for _, accelerator in told.accelerators:
+            os.close(accelerator)  # a way out, if the program had it
         readable = {
             name: path
             for name, path in told.paths.items()

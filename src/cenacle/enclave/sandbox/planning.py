@@ -38,9 +38,11 @@ class SandboxPlan:
 
     Attributes:
         settings: layer name -> what it enforces; equal on equal systems, without host paths.
+        accelerators: whether the enclave has sockets to accelerators outside of it.
     """
 
     settings: Mapping[str, Mapping[str, Any]]
+    accelerators: bool = False
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -55,6 +57,7 @@ class SandboxPlan:
         """The plan as JSON; the inverse of :meth:`from_dict`."""
         return {
             "version": 1,
+            "accelerators": self.accelerators,
             "layers": [{"name": n, "settings": dict(s)} for n, s in self.settings.items()],
         }
 
@@ -66,7 +69,10 @@ class SandboxPlan:
         would not enforce.
         """
         try:
-            if set(fields) != {"version", "layers"} or fields["version"] != 1:
+            if set(fields) != {"version", "accelerators", "layers"} or fields["version"] != 1:
+                raise ValueError
+            accelerators = fields["accelerators"]
+            if not isinstance(accelerators, bool):
                 raise ValueError
             settings = {str(entry["name"]): dict(entry["settings"]) for entry in fields["layers"]}
             if len(settings) != len(fields["layers"]):
@@ -86,7 +92,7 @@ class SandboxPlan:
                     found=name,
                     remedy="plan and run with the same version of cenacle on the same machine",
                 )
-        return cls(settings)
+        return cls(settings, accelerators)
 
     def outer(self) -> tuple[OuterLayer, ...]:
         """The layers that the launcher applies."""
@@ -102,8 +108,11 @@ def probe() -> list[LayerStatus]:
     return [LayerStatus(one.name, one.protects, one.available()) for one in layers()]
 
 
-def plan(requested: Sequence[str] | None = None) -> SandboxPlan:
+def plan(requested: Sequence[str] | None = None, *, accelerators: bool = False) -> SandboxPlan:
     """Every layer that works here, or exactly the requested ones.
+
+    Args:
+        accelerators: whether the enclave gets sockets to accelerators.
 
     Raises:
         InputError: a requested layer does not exist.
@@ -121,7 +130,7 @@ def plan(requested: Sequence[str] | None = None) -> SandboxPlan:
                     found=reason,
                     remedy="install what is missing, or do without this layer",
                 )
-    return SandboxPlan({one.name: one.settings() for one in chosen})
+    return SandboxPlan({one.name: one.settings() for one in chosen}, accelerators)
 
 
 def apply_inner(chosen: SandboxPlan, view: View) -> None:

@@ -2,7 +2,8 @@
 
 An allow-list (:mod:`cenacle.enclave.sandbox.syscalls`), with conditions on the calls that do
 both harmless and harmful things. A view without a socket (that of a program's process) gets
-no new socket at all. In particular no program can be executed, no process made,
+no new socket at all, and only one with accelerators gets files in memory, to share with them.
+In particular no program can be executed, no process made,
 no network socket opened, no other process looked into, and no limit raised again.
 """
 
@@ -64,6 +65,7 @@ class SeccompLayer(InnerLayer):
                 "prctl": sorted(PRCTLS),
                 "prlimit64": "reading",
                 "connect": "if the view has a socket",
+                "memfd_create": "if the view has accelerators",
                 "socket": "AF_UNIX, if the view has a socket",
                 "socketpair": "AF_UNIX, if the view has a socket",
                 "tgkill": "itself",
@@ -79,13 +81,13 @@ class SeccompLayer(InnerLayer):
     def apply(self, view: View) -> None:
         api = _api()
         try:
-            self._filter(api, sockets=bool(view.sockets)).load()
+            self._filter(api, sockets=bool(view.sockets), memory_files=view.accelerators).load()
         except OSError as error:
             raise EnclaveError(
                 "the sandbox layer seccomp cannot be applied", found=error.strerror
             ) from None
 
-    def _filter(self, api: Any, *, sockets: bool) -> Any:
+    def _filter(self, api: Any, *, sockets: bool, memory_files: bool) -> Any:
         refuse, allow = api.ERRNO(errno.EPERM), api.ALLOW
         chosen = api.SyscallFilter(api.ERRNO(errno.ENOSYS))
         chosen.set_attr(api.Attr.ACT_BADARCH, api.KILL_PROCESS)
@@ -109,6 +111,7 @@ class SeccompLayer(InnerLayer):
             else:
                 add(refuse, name)
         add(allow if sockets else refuse, "connect")
+        add(allow if memory_files else refuse, "memfd_create")
         for name in ("kill", "tgkill"):
             add(allow, name, api.Arg(0, api.EQ, os.getpid()))
             add(refuse, name, api.Arg(0, api.NE, os.getpid()))

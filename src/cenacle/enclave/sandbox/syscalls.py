@@ -57,7 +57,7 @@ clock_settime delete_module execve execveat fanotify_init
 fanotify_mark fchown fchownat finit_module fork fsconfig fsmount fsopen fspick
 get_kernel_syms init_module io_uring_enter io_uring_register io_uring_setup ioperm iopl
 ioprio_set kcmp kexec_file_load kexec_load keyctl landlock_add_rule
-landlock_create_ruleset landlock_restrict_self lchown listen lookup_dcookie memfd_create
+landlock_create_ruleset landlock_restrict_self lchown listen lookup_dcookie
 migrate_pages mknod mknodat mount mount_setattr move_mount move_pages name_to_handle_at
 nfsservctl open_by_handle_at open_tree perf_event_open personality pidfd_getfd pidfd_open
 pidfd_send_signal pivot_root pkey_alloc process_madvise process_mrelease process_vm_readv

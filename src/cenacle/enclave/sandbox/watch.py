@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from cenacle.enclave.channel import Failed, Finished, Message, read_messages
+from cenacle.enclave.host_accelerators import HostAccelerators
 from cenacle.enclave.relay import Relay
 from cenacle.errors import CenacleError, EnclaveError, UnavailableError
 
@@ -33,6 +34,7 @@ class ProcessWatch:
         environment: the whole environment.
         config: the agent's configuration, which it finds as its standard input.
         relay: closed when the process has ended.
+        accelerators: whose sockets the process inherits; likewise closed.
         wrapped: whether the command reports its child's signals as exit code 128 + signal.
     """
 
@@ -42,10 +44,12 @@ class ProcessWatch:
         environment: Mapping[str, str],
         config: bytes,
         relay: Relay,
+        accelerators: HostAccelerators,
         *,
         wrapped: bool,
     ) -> None:
         self._relay = relay
+        self._accelerators = accelerators
         self._wrapped = wrapped
         self._changed = threading.Condition()
         self._messages: list[Message] = []
@@ -128,6 +132,7 @@ class ProcessWatch:
     ) -> None:
         with contextlib.ExitStack() as stack:
             stack.callback(self._relay.close)
+            stack.callback(self._accelerators.close)
             try:
                 reader, errors = self._start(stack, command, environment, config)
             except OSError as error:
@@ -181,10 +186,12 @@ class ProcessWatch:
                 stdout=subprocess.DEVNULL,
                 # Only until the agent's first act, which is to replace it by /dev/null.
                 stderr=errors,
-                pass_fds=(writer,),
+                pass_fds=(writer, *self._accelerators.descriptors),
                 cwd="/",
                 start_new_session=True,
             )
+        # Only the enclave holds them now: when it ends, the workers see it.
+        self._accelerators.handed_over()
         self._process = process
         self.pid = process.pid
         self._alive = True

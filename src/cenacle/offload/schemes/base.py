@@ -75,6 +75,7 @@ class Scheme(ABC):
     """Base of all schemes. One instance serves one session.
 
     Attributes:
+        fuses_relu: whether it applies a ReLU in the pass in which it unblinds.
         keeps_input: whether :meth:`backward` needs the true ``x``; if not, the enclave does
             not keep it.
         verified: whether the fleet checks every product by default: not where workers are
@@ -82,6 +83,7 @@ class Scheme(ABC):
     """
 
     name: ClassVar[str]
+    fuses_relu: ClassVar[bool] = False
     keeps_input: ClassVar[bool] = True
     verified: ClassVar[bool] = True
 
@@ -115,6 +117,26 @@ class Scheme(ABC):
         needs: Needs,
     ) -> Gradients:
         """Gradients for the gradient ``gy`` of y. ``x`` only if :attr:`keeps_input`."""
+
+    def forward_relu(
+        self, site: Site, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None
+    ) -> tuple[torch.Tensor, Any]:
+        """max(0, B(x, w) + bias); of a scheme that :attr:`fuses_relu`."""
+        y, saved = self.forward(site, x, w, bias)
+        return y.clamp_min_(0), saved
+
+    def backward_relu(
+        self,
+        site: Site,
+        saved: Any,
+        gy: torch.Tensor,
+        y: torch.Tensor,
+        x: torch.Tensor | None,
+        w: torch.Tensor,
+        needs: Needs,
+    ) -> Gradients:
+        """:meth:`backward` for the output ``y`` of :meth:`forward_relu`."""
+        return self.backward(site, saved, gy * (y > 0), x, w, needs)
 
     def detach(self) -> None:  # noqa: B027 - most schemes keep nothing
         """End the session."""

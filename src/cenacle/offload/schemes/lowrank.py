@@ -21,10 +21,9 @@ from typing import Any, ClassVar, Final, Literal
 import torch
 from torch import nn
 
-from cenacle.accelerators.protocol import HeapStaging
+from cenacle.accelerators.buffers import Buffers
 from cenacle.documents.receipt import LeakageRecord
 from cenacle.errors import InputError
-from cenacle.offload.buffers import Buffers
 from cenacle.offload.fleet import Fleet, Job, Parcel, Role
 from cenacle.offload.lowrank_noise import ResidualNoise
 from cenacle.offload.lowrank_share import ConvolutionShare, DenseShare, Share
@@ -330,7 +329,7 @@ class LowRank(Scheme):
     # ------------------------------------------------------------------ sending
 
     def _split(self, site: Site, x: torch.Tensor, w: torch.Tensor, rank: int) -> Share:
-        residual = self._memory(x.shape, x.dtype)
+        residual = self.fleet.empty(*x.shape, dtype=x.dtype)
         rounds = 0 if self._fixed(site, x) else self.rounds
         if isinstance(site.map, Convolution):
             return ConvolutionShare(
@@ -348,15 +347,9 @@ class LowRank(Scheme):
         job.collect(take)
         return found
 
-    def _memory(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-        """What is to be sent; ordinary memory is used again, because fresh pages are slow."""
-        if isinstance(self.fleet.staging, HeapStaging):
-            return self._buffers.empty(shape, dtype)
-        return self.fleet.empty(*shape, dtype=dtype)
-
     def _send(self, value: torch.Tensor, role: Role, site: Site) -> Parcel:
         """A copy: what is sent must not change, nor be memory that the enclave reads again."""
-        memory = self._memory(value.shape, value.dtype)
+        memory = self.fleet.empty(*value.shape, dtype=value.dtype)
         return self.fleet.send(memory.copy_(value), role, site.name)
 
     def _weight(self, site: Site, w: torch.Tensor) -> tuple[Parcel, torch.Tensor]:

@@ -22,12 +22,12 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from cenacle.accelerators.buffers import Buffers
 from cenacle.accelerators.operations import PRIME
 from cenacle.accelerators.protocol import Operation
 from cenacle.crypto import SecretBytes
 from cenacle.documents.receipt import LeakageRecord
 from cenacle.errors import InputError, IntegrityError
-from cenacle.offload.buffers import Buffers
 from cenacle.offload.field import FieldStream, FixedWeight, fix_weight, row_scales
 from cenacle.offload.field_kernels import kernels
 from cenacle.offload.fleet import Fleet, Parcel

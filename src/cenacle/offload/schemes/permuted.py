@@ -23,11 +23,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from cenacle.accelerators.buffers import Buffers
 from cenacle.accelerators.protocol import Operation
 from cenacle.crypto.memory import SecretBytes
 from cenacle.documents.receipt import LeakageRecord
 from cenacle.errors import InputError, IntegrityError, RefusedError
-from cenacle.offload.buffers import Buffers
 from cenacle.offload.fleet import Fleet, Job, Parcel, Role
 from cenacle.offload.integrity import Check
 from cenacle.offload.kernels import move_planes
@@ -122,6 +122,7 @@ class Permuted(Scheme):
     """
 
     name: ClassVar[str] = "permuted"
+    fuses_relu: ClassVar[bool] = True
     keeps_input: ClassVar[bool] = False
 
     def __init__(
@@ -184,6 +185,22 @@ class Permuted(Scheme):
     def forward(
         self, site: Site, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None
     ) -> tuple[torch.Tensor, Any]:
+        return self._forward(site, x, w, bias, relu=False)
+
+    def forward_relu(
+        self, site: Site, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None
+    ) -> tuple[torch.Tensor, Any]:
+        return self._forward(site, x, w, bias, relu=True)
+
+    def _forward(
+        self,
+        site: Site,
+        x: torch.Tensor,
+        w: torch.Tensor,
+        bias: torch.Tensor | None,
+        *,
+        relu: bool,
+    ) -> tuple[torch.Tensor, Any]:
         flipped = _is_flipped(site, w)
         inner, outer, weight = self._weight(site, w, flipped)
         use = self._map(site, x.shape, w.shape, flipped, inner, outer)
@@ -192,7 +209,7 @@ class Permuted(Scheme):
             role: Role = "activations" if isinstance(site.map, MatrixProduct) else "weights"
             weight = self._send(w.mT if flipped else w, use.w, role, site.name)
         job = self.fleet.product(use.forward, sent, weight, site=site.name)
-        y = self._open(job, _y_shape(site, x.shape, w.shape), use.y, bias)
+        y = self._open(job, _y_shape(site, x.shape, w.shape), use.y, bias, relu=relu)
         return y, _Saved(use, sent, weight)
 
     def backward(
@@ -204,9 +221,26 @@ class Permuted(Scheme):
         w: torch.Tensor,  # noqa: ARG002
         needs: Needs,
     ) -> Gradients:
-        use: _Map = saved.map
+        return self._backward(site, saved, gy, None, needs)
+
+    def backward_relu(
+        self,
+        site: Site,
+        saved: Any,
+        gy: torch.Tensor,
+        y: torch.Tensor,
+        x: torch.Tensor | None,  # noqa: ARG002
+        w: torch.Tensor,  # noqa: ARG002
+        needs: Needs,
+    ) -> Gradients:
+        return self._backward(site, saved, gy, y, needs)
+
+    def _backward(
+        self, site: Site, saved: _Saved, gy: torch.Tensor, gate: torch.Tensor | None, needs: Needs
+    ) -> Gradients:
+        use = saved.map
         sums = torch.zeros(gy.shape[1], dtype=torch.float64) if needs.bias else None
-        gradient = self._send(gy, use.gy, "gradients", site.name, sums)
+        gradient = self._send(gy, use.gy, "gradients", site.name, sums, gate)
         first = second = None
         if needs.x:
             first = self.fleet.product(use.input_gradient, gradient, saved.w, site=site.name)
@@ -232,6 +266,7 @@ class Permuted(Scheme):
         role: Role,
         site: str,
         sums: torch.Tensor | None = None,
+        gate: torch.Tensor | None = None,
     ) -> Parcel:
         value = value.detach().contiguous()
         blinded = self.fleet.empty(*value.shape, dtype=value.dtype)
@@ -244,11 +279,18 @@ class Permuted(Scheme):
             rows.scale,
             cols.scale,
             sums=sums,
+            gate=None if gate is None else frame.planes(gate.detach().contiguous()),
         )
         return self.fleet.send(blinded, role, site)
 
     def _open(
-        self, job: Job, shape: Sequence[int], frame: Frame, bias: torch.Tensor | None = None
+        self,
+        job: Job,
+        shape: Sequence[int],
+        frame: Frame,
+        bias: torch.Tensor | None = None,
+        *,
+        relu: bool = False,
     ) -> torch.Tensor:
         """Unblind each part as it arrives, straight from where the worker put it.
 
@@ -282,6 +324,7 @@ class Permuted(Scheme):
                 back.scale,
                 into=into,
                 bias=None if bias is None else bias.detach().contiguous(),
+                relu=relu,
             )
             if not found:
                 found.append(own)

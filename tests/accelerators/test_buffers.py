@@ -6,7 +6,7 @@ import gc
 
 import torch
 
-from cenacle.offload.buffers import Buffers
+from cenacle.accelerators.buffers import Buffers
 
 _SHAPE = (300, 1000)
 

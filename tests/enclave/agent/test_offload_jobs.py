@@ -1,0 +1,205 @@
+"""Recipe jobs whose algebra goes to accelerator processes outside the enclave's sandbox."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cenacle.enclave.channel import Message, Progress
+from cenacle.enclave.launcher import RunningEnclave
+from cenacle.enclave.sandbox import SandboxPlan, plan
+from cenacle.errors import EnclaveError, RefusedError
+from tests.support.house import House, Outcome, Sealed, patient_rows, recipe_job
+from tests.support.processes import descendants
+
+pytest.importorskip("torch", reason="recipes need torch (pip: cenacle[train])")
+pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("jobs")]
+
+OUTPUTS = {"model": "model", "metrics": "metrics"}
+TWO = ("process", "process")
+SCHEMES = ["enclave", "measured", "lowrank", "permuted", "masked-training"]
+
+
+@pytest.fixture(scope="module")
+def open_plan(house: House) -> SandboxPlan:
+    """All layers that work here, with accelerators."""
+    return plan(house.plan.layers, accelerators=True)
+
+
+@pytest.fixture(scope="module")
+def records(house: House) -> dict[str, Sealed]:
+    """Two hospitals' tables, whose owners allow these schemes."""
+    sealed = {}
+    for seed, alias in enumerate(("a", "b"), 1):
+        source = house.folder / f"records-{alias}.csv"
+        source.write_text(patient_rows(60, seed=seed))
+        sealed[alias] = house.seal(f"hospital-{alias}", source, offload=SCHEMES)
+    return sealed
+
+
+def _plan_of(scheme: str, **fields: Any) -> dict[str, Any]:
+    return {"scheme": scheme, "accelerators": {"count": 2, "kinds": ["process"]}, **fields}
+
+
+def _agree(
+    house: House, records: dict[str, Sealed], chosen: SandboxPlan, offload: dict[str, Any]
+) -> str:
+    # Two models, so that the accelerators serve two sessions; ten steps each.
+    job = recipe_job(
+        ["a", "b"],
+        epochs=2,
+        every=3,
+        model={"type": "mlp", "hidden": [32]},
+        compare_alone=True,
+    )
+    enclave = house.enclave(chosen)
+    return house.agree(house.contract(records, job, OUTPUTS, enclave=enclave, offload=offload))
+
+
+def _workers() -> list[int]:
+    """The accelerators that this process started."""
+    found = []
+    for pid in sorted(descendants(os.getpid())):
+        try:
+            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        except OSError:
+            continue
+        if b"cenacle.accelerators.worker" in command:
+            found.append(pid)
+    return found
+
+
+@pytest.fixture(scope="module")
+def finished(house: House, records: dict[str, Sealed], open_plan: SandboxPlan) -> Outcome:
+    """A job under the scheme that can be compared bit for bit: it blinds nothing."""
+    digest = _agree(house, records, open_plan, _plan_of("measured"))
+    return house.run(digest, records, chosen=open_plan, accelerators=TWO)
+
+
+def test_a_job_runs_on_two_accelerators_and_its_receipt_tells(
+    house: House, finished: Outcome
+) -> None:
+    found = house.verify(finished.receipt).receipt
+    assert found.offload.scheme == "measured"
+    assert found.offload.weights == "plaintext"
+    told = found.accelerators
+    assert told is not None
+    assert [(one.name, one.kind) for one in told.accelerators] == [
+        ("process-1", "process"),
+        ("process-2", "process"),
+    ]
+    assert all("confined by process" in one.description for one in told.accelerators)
+    assert told.dropped == ()
+    assert min(told.bytes_sent, told.bytes_received, told.products) > 0
+    assert told.checked == 0
+    assert told.seconds_inside > 0
+    done, total = finished.progress[-1]
+    assert done == total > 0
+    assert len(house.metrics(finished)["alone"]) == 2
+    assert _workers() == []
+
+
+def test_workers_that_are_killed_are_named_and_change_nothing(
+    house: House, records: dict[str, Sealed], open_plan: SandboxPlan, finished: Outcome
+) -> None:
+    """One dies early, the other later: then the enclave computes alone."""
+
+    def watch(_: RunningEnclave, message: Message) -> None:
+        if message in (Progress(2, total), Progress(total // 2, total)):
+            os.kill(_workers()[0], signal.SIGKILL)
+
+    total = finished.progress[-1][1]
+    digest = _agree(house, records, open_plan, _plan_of("measured"))
+    outcome = house.run(digest, records, chosen=open_plan, accelerators=TWO, watch=watch)
+    told = house.verify(outcome.receipt).receipt.accelerators
+    assert told is not None
+    assert {one.name for one in told.dropped} == {"process-1", "process-2"}
+    assert all("gone" in one.reason for one in told.dropped)
+    assert house.open(outcome, "model") == house.open(finished, "model")
+
+
+@pytest.mark.slow
+def test_a_killed_job_resumes_to_the_same_model(
+    house: House, records: dict[str, Sealed], open_plan: SandboxPlan, finished: Outcome
+) -> None:
+    total = finished.progress[-1][1]
+    digest = _agree(house, records, open_plan, _plan_of("measured"))
+    out = house.path("results")
+
+    def kill(enclave: RunningEnclave, message: Message) -> None:
+        if message == Progress(total // 2, total):
+            enclave.kill()
+
+    first = house.run(digest, records, out, chosen=open_plan, accelerators=TWO, watch=kill)
+    assert isinstance(first.error, EnclaveError)
+    assert _workers() == []
+    second = house.run(
+        digest, records, out, resume=house.open_run(digest), chosen=open_plan, accelerators=TWO
+    )
+    found = house.verify(second.receipt).receipt
+    assert found.resumed == 1
+    assert house.open(second, "model") == house.open(finished, "model")
+
+
+def test_a_scheme_that_the_terms_do_not_allow_gets_no_key(
+    house: House, patients: dict[str, Sealed], open_plan: SandboxPlan
+) -> None:
+    digest = _agree(house, patients, open_plan, _plan_of("measured"))
+    outcome = house.run(digest, patients, chosen=open_plan, accelerators=TWO)
+    assert outcome.stages == ["attesting", "keys"]  # nothing was opened, let alone sent
+    assert isinstance(outcome.error, RefusedError)
+    assert {clause["name"] for clause in outcome.error.clauses} == {"offload"}
+    assert house.open_run(digest) is None
+
+
+def test_an_enclave_without_the_contracts_accelerators_asks_for_no_key(
+    house: House, records: dict[str, Sealed], open_plan: SandboxPlan
+) -> None:
+    digest = _agree(house, records, open_plan, _plan_of("measured"))
+    outcome = house.run(digest, records, chosen=open_plan, accelerators=("process",))
+    assert outcome.stages == []
+    assert isinstance(outcome.error, EnclaveError)
+    assert "accelerators are not those of the contract" in outcome.error.what
+
+
+def _permuted(told: Any) -> None:
+    assert told.offload.weights == "obfuscated"
+
+
+def _lowrank(told: Any) -> None:
+    assert told.offload.weights == "plaintext"
+    assert told.offload.inputs == "partial"
+
+
+def _masked(told: Any) -> None:
+    assert (told.offload.inputs, told.offload.weights) == ("hidden", "hidden")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("scheme", "look"),
+    [("permuted", _permuted), ("lowrank", _lowrank), ("masked-training", _masked)],
+)
+def test_results_under_a_blinding_scheme_are_all_checked(
+    scheme: str,
+    look: Callable[[Any], None],
+    house: House,
+    records: dict[str, Sealed],
+    open_plan: SandboxPlan,
+    finished: Outcome,
+) -> None:
+    digest = _agree(house, records, open_plan, _plan_of(scheme))
+    outcome = house.run(digest, records, chosen=open_plan, accelerators=TWO)
+    found = house.verify(outcome.receipt).receipt
+    told = found.accelerators
+    assert told is not None
+    look(found)
+    assert told.dropped == ()
+    assert told.checked == told.products
+    accuracy = house.metrics(outcome)["pooled"]["accuracy"]
+    assert accuracy == pytest.approx(house.metrics(finished)["pooled"]["accuracy"], abs=0.2)
