@@ -24,9 +24,11 @@ EXIT_CODES = {
     "SealError": 3,
     "EvidenceError": 3,
     "ProofError": 3,
+    "IntegrityError": 3,
     "RefusedError": 4,
     "ConflictError": 5,
     "UnavailableError": 6,
+    "AcceleratorError": 6,
     "EnclaveError": 7,
 }
 

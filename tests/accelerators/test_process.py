@@ -348,6 +348,7 @@ def test_a_lost_worker_leaves_nothing(liar: Callable[..., ProcessAccelerator]) -
 
 
 def test_forgotten_without_being_closed() -> None:
+    gc.collect()  # what other tests left
     before = _descriptors()
     sleeps = (sys.executable, "-c", "import time; time.sleep(600)")
     accelerator = ProcessAccelerator("worker", command=sleeps)

@@ -33,6 +33,7 @@ from cenacle.offload.integrity import Check
 from cenacle.offload.kernels import move_planes
 from cenacle.offload.keystream import Keystream
 from cenacle.offload.maps import Convolution, Dense, MatrixProduct, Product
+from cenacle.offload.public_base import public_base
 from cenacle.offload.schemes.base import Gradients, Needs, Scheme, Site, register
 from cenacle.offload.schemes.permuted_keys import (
     Coefficients,
@@ -165,7 +166,7 @@ class Permuted(Scheme):
 
     def attach(self, fleet: Fleet, model: nn.Module) -> None:
         """Raises :class:`RefusedError` for a model from a public checkpoint."""
-        base = _public_base(model) if self.public_base is None else "as its owner declares"
+        base = public_base(model) if self.public_base is None else "as its owner declares"
         if self.public_base is not False and base and not self.allow_public_base:
             raise RefusedError(
                 "permuted must not be used for a model made from a public checkpoint: whoever "
@@ -416,21 +417,6 @@ def _y_shape(site: Site, x_shape: torch.Size, w_shape: torch.Size) -> tuple[int,
     if isinstance(site.map, Convolution):
         return (x_shape[0], w_shape[0], *site.map.space(x_shape, w_shape))
     return (*x_shape[:-1], w_shape[-1 if isinstance(site.map, MatrixProduct) else 0])
-
-
-def _public_base(model: nn.Module) -> str | None:
-    """The checkpoint that ``transformers`` says a model, or a part of it, came from."""
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        for owner, attribute in (
-            (module, "name_or_path"),
-            (config, "_name_or_path"),
-            (config, "name_or_path"),
-        ):
-            found = getattr(owner, attribute, None)
-            if isinstance(found, str) and found:
-                return found
-    return None
 
 
 _NOTE: Final = (
