@@ -38,6 +38,7 @@ format: install
 bench: install
 	$(BIN)/python -m benchmarks.sealing --json
 	$(BIN)/python -m benchmarks.release --json
+	$(BIN)/python -m benchmarks.offload --quick --json
 
 docs: install
 	$(BIN)/python docs/generate.py

@@ -17,6 +17,7 @@ from cenacle.documents.receipt import (
 )
 from cenacle.errors import AcceleratorError
 from cenacle.offload.fleet import Fleet
+from cenacle.offload.heap import keep_heap
 from cenacle.offload.integrity import Verifier
 from cenacle.offload.planned import planned_leakage, planned_scheme
 from cenacle.offload.profile import Cost
@@ -77,6 +78,7 @@ class Offloading:
     @contextmanager
     def session(self, model: nn.Module) -> Iterator[Offload]:
         """Offload one model; afterwards the accelerators hold nothing of it."""
+        keep_heap()
         scheme = planned_scheme(self.plan)
         verifier = Verifier() if self._checks and scheme.verified else None
         lent = [_Lent(one) for one in self.accelerators]
