@@ -269,8 +269,10 @@ for message in enclaves[0].messages():
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_launcher_ends_the_enclave(number: signal.Signals) -> None:
+    # A shell that runs the tests in the background has SIGINT ignored.
     program = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from cenacle.enclave.launcher import *
 from cenacle.enclave.sandbox import plan
 request = LaunchRequest(("127.0.0.1", 1), plan(), argv=("-c", sys.argv[1]))

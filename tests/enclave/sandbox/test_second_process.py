@@ -32,6 +32,7 @@ def attempt(action):
 
 def work(connection, plan, paths):
     agent = os.getppid()
+    writable = json.loads(connection.recv(9999))  # from an agent that is confined by now
     found = {
         "descriptors": sum(attempt(lambda: os.fstat(fd)) == "done" for fd in range(3, 64)),
         "paths": sorted(paths),
@@ -44,7 +45,6 @@ def work(connection, plan, paths):
         "signal_agent": attempt(lambda: os.kill(agent, 0)),
         "fork": attempt(lambda: os.fork() or os._exit(0)),
     }
-    writable = json.loads(connection.recv(9999))
     found["write_output"] = attempt(lambda: open(writable + "/leak", "w"))
     connection.sendall(json.dumps(found).encode())
     connection.recv(1)
