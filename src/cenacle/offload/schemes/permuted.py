@@ -6,43 +6,28 @@ W' = P W N^T and return Y' = X' W'^T = M Y P^T. For a gradient G of Y they get G
 return G' W' = M dX N^T and G'^T X' = P dW N^T. A signed permutation's inverse is its
 transpose, so one blinded copy of each tensor serves all three products; nothing is rounded.
 
-Shape suffixes are not used here: every tensor is moved as (rows, columns, plane), where a plane
-is what keeps its inner order, e.g. an image, a filter, or a single number.
-
 Source: Tempo (confidential training of deep networks with permuted linear algebra), rebuilt
 from its formulas, with signs in place of its real coefficients as the default.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, Final, NamedTuple
 
-import numpy as np
 import torch
 from torch import nn
 
-from cenacle.accelerators.buffers import Buffers
-from cenacle.accelerators.protocol import Operation
 from cenacle.crypto.memory import SecretBytes
 from cenacle.documents.receipt import LeakageRecord
-from cenacle.errors import InputError, IntegrityError, RefusedError
-from cenacle.offload.fleet import Fleet, Job, Parcel, Role
-from cenacle.offload.integrity import Check
-from cenacle.offload.kernels import move_planes
+from cenacle.errors import InputError, RefusedError
+from cenacle.offload.fleet import Fleet, Parcel, Role
 from cenacle.offload.keystream import Keystream
-from cenacle.offload.maps import Convolution, Dense, MatrixProduct, Product
+from cenacle.offload.maps import Convolution, MatrixProduct
 from cenacle.offload.public_base import public_base
 from cenacle.offload.schemes.base import Gradients, Needs, Scheme, Site, register
-from cenacle.offload.schemes.permuted_keys import (
-    Coefficients,
-    Frame,
-    Key,
-    Keys,
-    nested,
-    weight_frame,
-)
+from cenacle.offload.schemes.permuted_keys import Coefficients, Key, Keys, weight_frame
+from cenacle.offload.schemes.permuted_moves import Moves
+from cenacle.offload.schemes.permuted_uses import Use, is_flipped, plan_use, y_shape
 
 __all__ = ["Permuted"]
 
@@ -65,41 +50,9 @@ class _Weight(NamedTuple):
 class _Saved(NamedTuple):
     """What the backward pass needs."""
 
-    map: _Map
+    use: Use
     x: Parcel
     w: Parcel
-
-
-@dataclass(frozen=True)
-class _Map:
-    """One use of a map: its three products, and the frames of all tensors in them.
-
-    ``flipped``: ``w`` is a transposed view, as in GPT-2's layers and in Q K^T. Its memory is
-    blinded as it lies, and the product takes the transposition.
-    """
-
-    forward: Product
-    input_gradient: Product
-    weight_gradient: Product
-    x: Frame
-    w: Frame
-    y: Frame
-    flipped: bool
-    x_shape: torch.Size
-    w_shape: torch.Size
-
-    @property
-    def gy(self) -> Frame:
-        """Of the gradient of y: reciprocal, so that rows cancel against those of x."""
-        return Frame(self.y.rows.dual, self.y.cols.dual)
-
-    @property
-    def gx(self) -> Frame:
-        return Frame(self.x.rows.dual, self.x.cols.dual)
-
-    @property
-    def gw(self) -> Frame:
-        return Frame(self.w.rows.dual, self.w.cols.dual)
 
 
 @register
@@ -150,7 +103,7 @@ class Permuted(Scheme):
         self.allow_public_base = allow_public_base
         self._keys = Keys(Keystream(seed), coefficients)
         self._weights: dict[tuple[str, bool, int], _Weight] = {}
-        self._buffers = Buffers()
+        self._moves: Moves
 
     @property
     def leakage(self) -> LeakageRecord:
@@ -176,10 +129,11 @@ class Permuted(Scheme):
                 remedy="choose another scheme, or let the owner set allow_public_base",
             )
         super().attach(fleet, model)
+        self._moves = Moves(fleet)
 
     def detach(self) -> None:
         self._weights.clear()
-        self._buffers.close()
+        self._moves.close()
 
     # ------------------------------------------------------------------ the three products
 
@@ -202,15 +156,15 @@ class Permuted(Scheme):
         *,
         relu: bool,
     ) -> tuple[torch.Tensor, Any]:
-        flipped = _is_flipped(site, w)
+        flipped = is_flipped(site.map, w)
         inner, outer, weight = self._weight(site, w, flipped)
-        use = self._map(site, x.shape, w.shape, flipped, inner, outer)
-        sent = self._send(x, use.x, site.role, site.name)
+        use = plan_use(self._keys, site.map, x.shape, w.shape, inner, outer, flipped=flipped)
+        sent = self._moves.send(x, use.x, site.role, site.name)
         if weight is None:
             role: Role = "activations" if isinstance(site.map, MatrixProduct) else "weights"
-            weight = self._send(w.mT if flipped else w, use.w, role, site.name)
+            weight = self._moves.send(w.mT if flipped else w, use.w, role, site.name)
         job = self.fleet.product(use.forward, sent, weight, site=site.name)
-        y = self._open(job, _y_shape(site, x.shape, w.shape), use.y, bias, relu=relu)
+        y = self._moves.open(job, y_shape(site.map, x.shape, w.shape), use.y, bias, relu=relu)
         return y, _Saved(use, sent, weight)
 
     def backward(
@@ -239,9 +193,9 @@ class Permuted(Scheme):
     def _backward(
         self, site: Site, saved: _Saved, gy: torch.Tensor, gate: torch.Tensor | None, needs: Needs
     ) -> Gradients:
-        use = saved.map
+        use = saved.use
         sums = torch.zeros(gy.shape[1], dtype=torch.float64) if needs.bias else None
-        gradient = self._send(gy, use.gy, "gradients", site.name, sums, gate)
+        gradient = self._moves.send(gy, use.gy, "gradients", site.name, sums, gate)
         first = second = None
         if needs.x:
             first = self.fleet.product(use.input_gradient, gradient, saved.w, site=site.name)
@@ -249,91 +203,14 @@ class Permuted(Scheme):
             second = self.fleet.product(use.weight_gradient, gradient, saved.x, site=site.name)
         dx = dw = None
         if first is not None:
-            dx = self._open(first, use.x_shape, use.gx)
+            dx = self._moves.open(first, use.x_shape, use.gx)
         if second is not None:
             shape = use.w_shape
             if use.flipped:
-                dw = self._open(second, (*shape[:-2], shape[-1], shape[-2]), use.gw).mT
+                dw = self._moves.open(second, (*shape[:-2], shape[-1], shape[-2]), use.gw).mT
             else:
-                dw = self._open(second, shape, use.gw)
+                dw = self._moves.open(second, shape, use.gw)
         return Gradients(dx, dw, None if sums is None else sums.to(gy.dtype))
-
-    # ------------------------------------------------------------------ blinding
-
-    def _send(
-        self,
-        value: torch.Tensor,
-        frame: Frame,
-        role: Role,
-        site: str,
-        sums: torch.Tensor | None = None,
-        gate: torch.Tensor | None = None,
-    ) -> Parcel:
-        value = value.detach().contiguous()
-        blinded = self.fleet.empty(*value.shape, dtype=value.dtype)
-        rows, cols = frame
-        move_planes(
-            frame.planes(value),
-            frame.planes(blinded),
-            rows.index,
-            cols.index,
-            rows.scale,
-            cols.scale,
-            sums=sums,
-            gate=None if gate is None else frame.planes(gate.detach().contiguous()),
-        )
-        return self.fleet.send(blinded, role, site)
-
-    def _open(
-        self,
-        job: Job,
-        shape: Sequence[int],
-        frame: Frame,
-        bias: torch.Tensor | None = None,
-        *,
-        relu: bool = False,
-    ) -> torch.Tensor:
-        """Unblind each part as it arrives, straight from where the worker put it.
-
-        Parts of a sum are whole and are added in order; others are rows.
-        """
-        summed = job.product.reduce == "sum"
-        found: list[torch.Tensor] = []
-        each = len(frame.rows) // max(1, shape[0])  # of the frame's rows in one of the tensor
-        back = frame.cols.inverse
-
-        def consume(rows: slice, part: torch.Tensor, check: Check | None) -> None:
-            expected = shape if summed else (rows.stop - rows.start, *shape[1:])
-            if part.shape != torch.Size(expected):
-                raise IntegrityError(
-                    "a result has the wrong shape",
-                    found=tuple(part.shape),
-                    expected=tuple(expected),
-                )
-            if check is not None:  # of a copy: what is checked must be what is used
-                part = check.verify(self._buffers.empty(part.shape, part.dtype).copy_(part))
-            own = self._buffers.empty(shape, part.dtype) if summed or not found else found[0]
-            whole = frame.planes(own)
-            chosen = slice(0, None) if summed else slice(rows.start * each, rows.stop * each)
-            into = frame.rows.index[chosen]
-            move_planes(
-                part.contiguous().view(len(into), *whole.shape[1:]),
-                whole,
-                np.arange(len(into), dtype=np.int32),
-                back.index,
-                np.reciprocal(frame.rows.scale[chosen]),
-                back.scale,
-                into=into,
-                bias=None if bias is None else bias.detach().contiguous(),
-                relu=relu,
-            )
-            if not found:
-                found.append(own)
-            elif summed:
-                found[0] += own
-
-        job.collect_fused(consume)
-        return found[0]
 
     # ------------------------------------------------------------------ keys
 
@@ -356,67 +233,10 @@ class Permuted(Scheme):
         if not site.weight:
             return *keys, None
         frame = weight_frame(*keys, groups, flipped)
-        parcel = self._send(w.mT if flipped else w, frame, "weights", site.name)
+        parcel = self._moves.send(w.mT if flipped else w, frame, "weights", site.name)
         uses = 1 + (known.uses if known else 0)
         self._weights[name] = _Weight(*keys, site.key, parcel, uses)
         return *keys, parcel
-
-    def _map(
-        self,
-        site: Site,
-        x_shape: torch.Size,
-        w_shape: torch.Size,
-        flipped: bool,
-        inner: Key,
-        outer: Key,
-    ) -> _Map:
-        map_ = site.map
-        samples = self._keys.one(x_shape[0])
-        forward, input_gradient = map_.forward(), map_.input_gradient(x_shape)
-        weight_gradient = map_.weight_gradient(w_shape)
-        if flipped:
-            forward, input_gradient, weight_gradient = _flipped(map_)
-        if not isinstance(map_, MatrixProduct):
-            groups = map_.groups if isinstance(map_, Convolution) else 1
-            x, y = Frame(samples, inner), Frame(samples, outer)
-            w = weight_frame(inner, outer, groups, flipped)
-        else:
-            rows = nested(samples, self._keys.one(x_shape[1]))
-            x, y = Frame(rows, inner), Frame(rows, outer)
-            # Matrices of w are scaled by nothing: those of x are already.
-            plain = Key(samples.index, np.ones_like(samples.scale))
-            if flipped:
-                w = Frame(nested(plain, outer), inner.dual)
-            else:
-                w = Frame(nested(plain, inner.dual), outer)
-        return _Map(forward, input_gradient, weight_gradient, x, w, y, flipped, x_shape, w_shape)
-
-
-def _is_flipped(site: Site, w: torch.Tensor) -> bool:
-    return not isinstance(site.map, Convolution) and not w.is_contiguous() and w.mT.is_contiguous()
-
-
-def _flipped(map_: Dense | MatrixProduct | Any) -> tuple[Product, Product, Product]:
-    """The three products where ``w`` is given with its last two dimensions exchanged."""
-    rows = (True, not isinstance(map_, Dense))
-    crossed, plain = Operation("matmul", {"transpose_b": True}), Operation("matmul")
-    if isinstance(map_, Dense):
-        return (
-            Product(plain, rows),
-            Product(crossed, rows),
-            Product(Operation("matmul_weight"), (True, True), "sum"),
-        )
-    return (
-        Product(crossed, rows),
-        Product(plain, rows),
-        Product(Operation("matmul", {"transpose_a": True}), (True, True)),
-    )
-
-
-def _y_shape(site: Site, x_shape: torch.Size, w_shape: torch.Size) -> tuple[int, ...]:
-    if isinstance(site.map, Convolution):
-        return (x_shape[0], w_shape[0], *site.map.space(x_shape, w_shape))
-    return (*x_shape[:-1], w_shape[-1 if isinstance(site.map, MatrixProduct) else 0])
 
 
 _NOTE: Final = (
