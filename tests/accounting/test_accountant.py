@@ -10,10 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-dp = pytest.importorskip(
-    "dp_accounting", reason="accounting needs dp-accounting (cenacle[privacy])"
-)
+pytest.importorskip("dp_accounting", reason="accounting needs dp-accounting (cenacle[privacy])")
 
+import dp_accounting as dp
 from scipy.special import gammaln, logsumexp
 from scipy.stats import norm
 
