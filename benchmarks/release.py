@@ -12,9 +12,10 @@ where it is installed; each several times, and the figures are those of the medi
 to the answer with the keys, at 32 at once. ``tail_ratio``: p99 / p50. ``limit_ratio``: what no
 broker could leave out, over what a release took (1 / per_second): the cryptography of one
 release, each operation timed alone in this process (``crypto_ms``), and one durable commit of
-a row in the same database (``commit_ms``). Commits are shared by the releases that wait, so
-``limit_ratio_cpu`` compares without the commit: the cryptography over the broker's processor
-time for a release (``server_cpu_ms``, all its threads; PostgreSQL's own processes not counted).
+a row in the same database (``commit_ms``). Both count in full what the releases that wait share:
+the commit and the signature of the log's head. So ``limit_ratio_cpu`` compares without the
+commit: the cryptography over the broker's processor time for a release (``server_cpu_ms``, all
+its threads; PostgreSQL's own processes not counted).
 ``fresh_*``: one round in which each exchange is an agent's whole conversation: a new TLS
 connection, the contract (whose signatures the broker then checks for the first time since it
 started), nonce, release. In the other rounds connections are open and contracts were read.

@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,11 @@ import pytest
 from cenacle.broker import merkle
 from cenacle.broker.ledger import Budget, Charge, LedgerView
 from cenacle.broker.log import parse_and_verify_head, verify_consistency
-from cenacle.broker.store import Store, Transaction
+from cenacle.broker.store import Outcome, Place, Store, Transaction
 from cenacle.broker.store import writer as writer_module
 from cenacle.crypto.memory import SecretBytes
 from cenacle.crypto.signing import SigningKey
-from cenacle.errors import ConflictError, RefusedError, UnavailableError
+from cenacle.errors import ConflictError, EvidenceError, RefusedError, UnavailableError
 
 TIME = "2027-01-31T12:00:00Z"
 NOTE = b'{"kind":"note"}'
@@ -64,17 +64,198 @@ def batch(store: Store, *closures: Callable[[Transaction], Any]) -> list[Future[
         return [store.submit(closure) for closure in closures]
 
 
-def test_nothing_waits_long_for_its_turn(store: Store) -> None:
-    """Whoever keeps the turn delays the writer, and the writer others, but stops nobody."""
-    turn = store.committer.turn
-    with turn.taken():
-        assert store.run(note) == 0
-    with held(store), turn.taken(), turn.taken():
-        waiting = store.submit(note)
-    assert waiting.result(30) == 1
-    with pytest.raises(ConflictError), turn.taken():
-        raise ConflictError("given back whatever happens")
-    assert turn._lock.acquire(blocking=False)
+def together(store: Store, *closures: Callable[[Transaction], Any]) -> list[Outcome]:
+    """What a group of closures is answered."""
+    answered: Future[list[Outcome]] = Future()
+    store.committer.together(closures, answered.set_result)
+    return answered.result(30)
+
+
+def test_a_group_is_answered_together(store: Store) -> None:
+    """In the calling thread or in the committer's, each closure succeeds or fails alone."""
+
+    def fail(tx: Transaction) -> None:
+        put(tx, "failed", "x")
+        raise KeyError("its own")
+
+    for busy in (False, True):
+        with held(store) if busy else nullcontext():
+            answered: Future[list[Outcome]] = Future()
+            store.committer.together(
+                [note, fail, lambda tx: put(tx, "kept", "x")], answered.set_result
+            )
+        first, failed, last = answered.result(30)
+        assert isinstance(failed.failure, KeyError)
+        assert (first.failure, last.failure) == (None, None)
+        assert last.result == first.result + 1
+    with store.read() as tx:
+        assert (tx.meta("failed"), tx.meta("kept"), tx.log_size()) == (None, "x", 4)
+    _check_tree(store)
+
+
+def test_a_group_is_answered_after_its_commit(store: Store, monkeypatch: Any) -> None:
+    """Neither what succeeded nor what failed is told before the disk has it; or the loss is."""
+    answered: list[list[Outcome]] = []
+    commit, done = store.committer._writer.commit, threading.Event()
+
+    def look_then_commit() -> None:
+        assert not answered
+        commit()
+        done.set()
+
+    monkeypatch.setattr(store.committer._writer, "commit", look_then_commit)
+    store.committer.together([note, note], answered.append)
+    assert done.wait(30)
+    monkeypatch.undo()
+    assert store.run(note) == 2
+    assert answered == [[Outcome(0, None), Outcome(1, None)]]
+
+    def lose() -> None:
+        raise UnavailableError("no disk")
+
+    monkeypatch.setattr(store.committer._writer, "commit", lose)
+    assert [type(outcome.failure) for outcome in together(store, note, note)] == [
+        UnavailableError,
+        UnavailableError,
+    ]
+    monkeypatch.undo()
+    assert store.run(note) == 3
+
+
+def test_a_closed_committer_takes_no_group(store_target: str) -> None:
+    with Store.open(store_target) as store:
+        committer = store.committer
+    with pytest.raises(UnavailableError, match="shutting down"):
+        committer.together([note], lambda _: None)
+
+
+CONTRACTS = ["sha256:" + digit * 64 for digit in "def"]
+
+
+def _begin(run: str, contract: str, nonce: bytes) -> Callable[[Transaction], Place]:
+    """What a release changes."""
+
+    def change(tx: Transaction) -> Place:
+        tx.consume_nonce(nonce, TIME)
+        tx.create_run(run, contract, TIME, enclave_key=b"k" * 32)
+        tx.reserve_all(run, {ASSET: Charge(1)})
+        return tx.place(note(tx))
+
+    return change
+
+
+def _furnished(store: Store, furnish: Furnish) -> None:
+    furnish(store)
+
+    def propose(tx: Transaction) -> None:
+        for number, contract in enumerate(CONTRACTS):
+            tx.add_contract(contract, f"c{number}", "{}", "bob", TIME)
+
+    store.run(propose)
+
+
+@pytest.mark.parametrize("taken", ["nonce", "contract", "run"])
+@pytest.mark.parametrize("where", ["same batch", "same batch, looked at", "database"])
+def test_what_is_inserted_together_is_refused_alone(
+    store: Store, furnish: Furnish, taken: str, where: str
+) -> None:
+    """A second use of a nonce, contract or run takes back the second alone, wherever the first."""
+    _furnished(store, furnish)
+    first = _begin("a", CONTRACTS[0], b"a")
+    second = {
+        "nonce": _begin("b", CONTRACTS[1], b"a"),
+        "contract": _begin("b", CONTRACTS[0], b"b"),
+        "run": _begin("a", CONTRACTS[1], b"b"),
+    }[taken]
+    other = _begin("c", CONTRACTS[2], b"c")
+    if where == "database":
+        store.run(first)
+        outcomes = [Outcome(None, None), *together(store, second, other)]
+    elif where == "same batch":
+        outcomes = together(store, first, second, other)
+    else:  # a closure between them reads what waits, so that it is written first
+        outcomes = together(store, first, lambda tx: tx.run("a"), second, other)
+        assert outcomes.pop(1).result.contract == CONTRACTS[0]
+    refused = EvidenceError if taken == "nonce" else ConflictError
+    assert [type(outcome.failure) for outcome in outcomes] == [type(None), refused, type(None)]
+    with store.read() as tx:
+        assert [run.id for c in CONTRACTS for run in tx.runs(c)] == ["a", "c"]
+        assert tx.ledger(ASSET).uses == 2
+        assert tx.ledger(ASSET) == LedgerView.of(tx.reservations_of_asset(ASSET))
+        assert tx.log_size() == 2
+    _check_tree(store)
+    # Nothing of the refused change is left: its own nonce, contract and run are free.
+    free = _begin("d", CONTRACTS[1], b"d" if taken == "nonce" else b"b")
+    assert together(store, free)[0].failure is None
+
+
+def test_places_hold_in_the_tree_that_the_batch_leaves(store: Store, furnish: Furnish) -> None:
+    _furnished(store, furnish)
+    store.run(note)
+    closures = [_begin(str(n), c, str(n).encode()) for n, c in enumerate(CONTRACTS)]
+
+    def fail(tx: Transaction) -> None:
+        tx.place(note(tx))
+        raise KeyError
+
+    outcomes = together(store, closures[0], fail, *closures[1:])
+    places = [outcome.result for outcome in outcomes if outcome.failure is None]
+    with store.read() as tx:
+        for index, place in enumerate(places, 1):
+            assert (place.index, place.size, place.root) == (index, 4, tx.log_root())
+            merkle.verify_inclusion(merkle.leaf_hash(NOTE), index, 4, place.path, place.root)
+
+
+def test_dossiers_looked_up_are_forgotten_with_a_change(store: Store, furnish: Furnish) -> None:
+    """What was read for a whole batch never hides what a closure of it changed."""
+    _furnished(store, furnish)
+    digest, unknown = CONTRACTS[0], "sha256:" + "9" * 64
+
+    def signed(tx: Transaction) -> Any:
+        found = tx.dossier(digest)
+        assert found is not None
+        assert found == (tx.contract(digest), tx.signatures(digest), tx.vetoes(digest))
+        return [row.party for row in found[1]], [row.party for row in found[2]]
+
+    def sign(tx: Transaction) -> None:
+        tx.add_signature(digest, "bob", "k", b"s", TIME)
+        assert signed(tx) == (["bob"], [])
+
+    def fail(tx: Transaction) -> None:
+        sign(tx)
+        raise KeyError
+
+    outcomes = together(
+        store,
+        lambda tx: tx.look_up([*CONTRACTS, unknown, digest]),
+        signed,
+        fail,
+        signed,
+        sign,
+        lambda tx: tx.add_veto(digest, "bob", "{}"),
+        signed,
+        lambda tx: tx.dossier(unknown),
+    )
+    assert [outcome.result for outcome in outcomes] == [
+        None,
+        ([], []),
+        None,
+        ([], []),
+        None,
+        None,
+        (["bob"], ["bob"]),
+        None,
+    ]
+    assert [type(outcome.failure) for outcome in outcomes].count(KeyError) == 1
+    assert [outcome.failure for outcome in outcomes].count(None) == 7
+
+
+def test_a_transaction_that_ended_keeps_nothing_waiting(store: Store) -> None:
+    kept: list[Transaction] = []
+    together(store, kept.append)
+    with pytest.raises(RuntimeError, match="ended"):
+        kept[0].consume_nonce(b"late", TIME)
+    store.run(lambda tx: tx.consume_nonce(b"late", TIME))
 
 
 def test_a_batch_runs_in_order_with_one_commit(sqlite_store: Store) -> None:

@@ -28,6 +28,7 @@ from cenacle.broker.messages import (
 )
 from cenacle.broker.release import ReleaseDesk
 from cenacle.broker.service import Broker
+from cenacle.broker.together import Together
 from cenacle.documents.base import MAX_DOCUMENT_BYTES, b64, parse_json
 from cenacle.documents.dsse import Envelope
 from cenacle.errors import (
@@ -164,7 +165,7 @@ def create_app(broker: Broker) -> ASGIApp:
     )
     app.router.redirect_slashes = False
     app.add_exception_handler(HTTPException, _no_such_address)
-    desk, turn = ReleaseDesk(broker), broker.store.committer.turn
+    desk, changes = ReleaseDesk(broker), Together(broker.store.committer)
 
     def route(path: str, method: str, call: _Async) -> _Endpoint:
         endpoint = _Endpoint(call, reads=method == "POST")
@@ -189,13 +190,11 @@ def create_app(broker: Broker) -> ASGIApp:
     async def release(body: bytes) -> Any:
         if len(body) > _SMALL:
             return await threaded(lambda: desk.release(_release_request(body)).to_fields())
-        with turn.taken():
-            asked = desk.appraise(_release_request(body))
+        asked = desk.appraise(_release_request(body))
         if asked.claims is None:
             await threaded(lambda: desk.refuse(asked))
-        done = await asyncio.wrap_future(broker.store.submit(lambda tx: desk.commit(tx, asked)))
-        with turn.taken():
-            return desk.seal(asked, done).to_fields()
+        done = await changes.commit(asked.request.contract, lambda tx: desk.commit(tx, asked))
+        return desk.seal(asked, done).to_fields()
 
     async def nonce(contract: str) -> Any:
         return {"nonce": b64(desk.nonce(contract))}

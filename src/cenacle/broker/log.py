@@ -255,6 +255,16 @@ class LogReader(Protocol):
     def consistency_path(self, first: int, second: int | None = None) -> tuple[bytes, ...]: ...
 
 
+class PlacedEntry(Protocol):
+    """The tree in which a batch of entries became durable."""
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def root(self) -> bytes: ...
+
+
 def _now() -> datetime:
     return datetime.now(UTC)
 
@@ -276,12 +286,22 @@ class TransparencyLog:
         self.origin = check_origin(origin)
         self._key = key
         self._clock = clock
+        self._newest: tuple[tuple[int, bytes], str] = (-1, b""), ""
 
     def signed_head(self, tx: LogReader) -> str:
         """The newest head that the transaction sees, as a signed checkpoint."""
         size = tx.log_size()
         head = TreeHead(self.origin, size, tx.log_root(size), format_time(self._clock()))
         return sign_head(head, self._key)
+
+    def signed_place(self, place: PlacedEntry) -> str:
+        """The head of the tree that an entry was placed in, signed once for all in its batch."""
+        known, text = self._newest
+        if known != (place.size, place.root):
+            head = TreeHead(self.origin, place.size, place.root, format_time(self._clock()))
+            text = sign_head(head, self._key)
+            self._newest = (place.size, place.root), text
+        return text
 
     def entry_proof(self, tx: LogReader, index: int, size: int | None = None) -> LogEntryProof:
         """Inclusion of entry ``index`` in the tree of ``size`` entries (default: the newest)."""

@@ -212,25 +212,26 @@ def load_contract(tx: ReadTransaction, digest: str) -> ContractRecord:
         InputError: it was never proposed here.
         SignatureError: the store was altered.
     """
-    row = tx.contract(digest)
-    if row is None:
+    found = tx.dossier(digest)
+    if found is None:
         raise InputError(
             "a contract is not known to this broker",
             found=digest,
             remedy="propose it with `cenacle propose`",
         )
+    row, stored_signatures, stored_vetoes = found
     contract = load_document(row)
     with _genuine("contract"):
         _same("contract", contract.digest, digest)
         signatures, signed = {}, set()
-        for stored in tx.signatures(digest):
+        for stored in stored_signatures:
             party, text = _party_row(tx, stored.party)
             _same(f"party {party.name}", party.digest, contract.parties.get(party.name))
             _check_signature(row.envelope, text, stored.signature)
             signatures[party.verify_key.keyid] = stored.signature
             signed.add(party.name)
     vetoes = {}
-    for stored_veto in tx.vetoes(digest):
+    for stored_veto in stored_vetoes:
         with _genuine("veto"):
             veto = _veto(stored_veto.envelope, _party_row(tx, stored_veto.party)[1])
             _same("contract", (veto.contract, veto.party), (digest, stored_veto.party))

@@ -14,6 +14,7 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from typing import Final, NoReturn
 
 from cenacle.attestation.binding import report_data
@@ -37,7 +38,7 @@ from cenacle.broker.messages import (
 from cenacle.broker.records import load_contract
 from cenacle.broker.rules import decide, require
 from cenacle.broker.service import Broker
-from cenacle.broker.store import AssetRow, ReadTransaction, RunRow, Transaction
+from cenacle.broker.store import AssetRow, Place, ReadTransaction, RunRow, Transaction
 from cenacle.crypto import HpkePublicKey, SecretBytes, VerifyKey
 from cenacle.documents.asset import Asset
 from cenacle.documents.base import b64, canonical_json, format_time, unb64
@@ -82,11 +83,17 @@ class Asked:
 
 @dataclass(frozen=True)
 class Committed:
-    """What a durable release leaves for the steps after it. ``resumed``: the run taken over."""
+    """What a durable release leaves for the steps after it.
+
+    Attributes:
+        resumed: the run taken over.
+        entry: what the log says of it, and ``place`` where, once it is durable.
+    """
 
     resumptions: int
     resumed: RunRow | None
-    inclusion: LogInclusion
+    entry: bytes
+    place: Place
     assets: Mapping[str, Asset]
     rows: Mapping[str, AssetRow]
 
@@ -140,21 +147,21 @@ class ReleaseDesk:
         nonce, enclave_key = unb64(request.nonce), VerifyKey(unb64(request.signing_key))
         recipient = HpkePublicKey(unb64(request.hpke_key))
         evidence = Evidence.from_fields(request.evidence)
-        asked = Asked(request, nonce, moment, evidence.digest, enclave_key, recipient)
+        made = partial(Asked, request, nonce, moment, evidence.digest, enclave_key, recipient)
         try:
             broker.nonces.check(nonce, request.contract, moment)
             bound = report_data(nonce, request.contract, recipient.raw, enclave_key.raw)
             verifier = broker.verifiers.for_kind(evidence.kind)
             claims = verifier.authenticate(evidence, bound, moment)
         except EvidenceError as error:
-            return replace(asked, problem=error.diagnostics())
+            return made(problem=error.diagnostics())
         if request.resume is not None:
-            return replace(asked, claims=claims, run=request.resume)
+            return made(claims=claims, run=request.resume)
         # Made before the change, so that the writer does no public-key work for it.
         run, secret = secrets.token_hex(16), SecretBytes.random(32)
         with secret.view() as view:
             wrapped = self._hpke.seal(view, *job_context(request.contract, run))
-        return replace(asked, claims=claims, run=run, job_secret=secret, job_secret_wrapped=wrapped)
+        return made(claims=claims, run=run, job_secret=secret, job_secret_wrapped=wrapped)
 
     def refuse(self, asked: Asked) -> NoReturn:
         """Raise every clause that failed, beside that of the evidence that was not accepted.
@@ -200,7 +207,8 @@ class ReleaseDesk:
             enclave_key=asked.enclave_key.keyid,
             uses={ref.digest: facts.uses[alias] + 1 for alias, ref in refs.items()},
         )
-        return Committed(resumptions, resumed, self._logged(tx, entry), facts.assets, rows)
+        index, body = self.broker.record(tx, entry)
+        return Committed(resumptions, resumed, body, tx.place(index), facts.assets, rows)
 
     def seal(self, asked: Asked, done: Committed) -> ReleaseResponse:
         """The keys for the enclave; only for a change that is durable."""
@@ -221,7 +229,13 @@ class ReleaseDesk:
             checkpoint_version=0 if row is None else row.checkpoint_version,
             checkpoint_digest=None if row is None else row.checkpoint_digest,
             sealed_keys=b64(sealed),
-            log=done.inclusion,
+            # Not validated, since it is made of what was just written.
+            log=LogInclusion.model_construct(
+                index=done.place.index,
+                entry=b64(done.entry),
+                path=tuple(b64(step) for step in done.place.path),
+                head=self.broker.log.signed_place(done.place),
+            ),
         )
 
     def _resumable(self, tx: ReadTransaction, request: ReleaseRequest) -> RunRow | None:

@@ -17,7 +17,7 @@ from datetime import datetime
 from cenacle.attestation.claims import Claims, compare
 from cenacle.documents.approval import approves, describe_rule
 from cenacle.documents.asset import Asset
-from cenacle.documents.base import parse_time, short
+from cenacle.documents.base import minutes, parse_time, short
 from cenacle.documents.clauses import Clause, check, failed
 from cenacle.documents.contract import Contract, ProgramJob, RecipeJob
 from cenacle.documents.matching import UseFacts, match_terms
@@ -108,7 +108,7 @@ def decide(facts: Facts) -> tuple[Clause, ...]:
             "contract",
             "expires",
             facts.now <= parse_time(contract.expires),
-            facts.now.strftime("%Y-%m-%d %H:%M"),
+            minutes(facts.now),
             f"until {contract.expires}",
             "draft a contract that replaces this one",
         ),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import gc
 import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -19,6 +21,7 @@ from cenacle.errors import UnavailableError
 
 __all__ = ["bind", "serve", "serving"]
 
+_GARBAGE: Final = 20_000  # new objects, before those that refer to each other are looked for
 _MAX_OVERHEAD: Final = 64 * 1024
 """Bytes of one request's address, headers, chunk sizes and trailers together, at most."""
 
@@ -41,6 +44,39 @@ def bind(host: str, port: int) -> socket.socket:
         ) from None
 
 
+class _Joined:
+    """A transport that sends the head of an answer together with its body.
+
+    uvicorn writes them one after the other, each as a TLS record and a system call of its own.
+    A head that no body follows leaves when the event loop has nothing else to do.
+    """
+
+    def __init__(self, transport: Any) -> None:
+        self._transport = transport
+        self._head = b""
+
+    def write(self, data: bytes) -> None:
+        if self._head:
+            data, self._head = self._head + data, b""
+        elif data.endswith(b"\r\n\r\n"):
+            self._head = data
+            asyncio.get_running_loop().call_soon(self._flush)
+            return
+        self._transport.write(data)
+
+    def close(self) -> None:
+        self._flush()
+        self._transport.close()
+
+    def _flush(self) -> None:
+        head, self._head = self._head, b""
+        if head and not self._transport.is_closing():
+            self._transport.write(head)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+
 class _Quiet(HttpToolsProtocol):
     """uvicorn's protocol without its access log, and with a limit to what is no body.
 
@@ -51,6 +87,9 @@ class _Quiet(HttpToolsProtocol):
         super().__init__(*arguments, **options)
         self.access_log = False  # paths name parties and contracts
         self._overhead = 0
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(cast("asyncio.Transport", _Joined(transport)))
 
     def data_received(self, data: bytes) -> None:
         self._overhead += len(data)
@@ -85,7 +124,14 @@ def _server(broker: Broker, files: TlsFiles) -> uvicorn.Server:
 
 
 def serve(broker: Broker, listener: socket.socket, files: TlsFiles) -> None:
-    """Serve until SIGINT or SIGTERM; requests in progress are finished."""
+    """Serve until SIGINT or SIGTERM; requests in progress are finished.
+
+    The process is the broker's own: what it has loaded by now stays, and is not searched for
+    garbage over and over, which would stop every request for a tenth of a second now and then.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(_GARBAGE, *gc.get_threshold()[1:])
     _server(broker, files).run(sockets=[listener])
 
 

@@ -7,7 +7,6 @@ out in the canonical form, so a later change of a default cannot change what was
 
 from __future__ import annotations
 
-import base64
 import binascii
 import hashlib
 import json
@@ -47,6 +46,7 @@ __all__ = [
     "b64",
     "canonical_json",
     "format_time",
+    "minutes",
     "parse_json",
     "parse_time",
     "parse_yaml",
@@ -72,14 +72,14 @@ Digest = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
 
 def b64(data: bytes) -> str:
     """Standard base64 (RFC 4648, section 4), as text."""
-    return base64.b64encode(data).decode("ascii")
+    return binascii.b2a_base64(data, newline=False).decode("ascii")
 
 
 def unb64(text: str) -> bytes:
     """The inverse of :func:`b64`; refuses white space, missing padding and other alphabets."""
     try:
-        data = base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
+        data = binascii.a2b_base64(text, strict_mode=True)
+    except ValueError:  # binascii.Error, or text beyond ASCII
         raise DocumentError(
             "a base64 field does not decode", found=f"{len(text)} characters", expected="base64"
         ) from None
@@ -117,6 +117,11 @@ def parse_time(text: str) -> datetime:
 def format_time(moment: datetime) -> str:
     """The inverse of :func:`parse_time`; fractions of a second are dropped."""
     return moment.astimezone(UTC).replace(microsecond=0, tzinfo=None).isoformat() + "Z"
+
+
+def minutes(moment: datetime) -> str:
+    """A moment for people to read, e.g. ``2027-01-31 12:00``."""
+    return moment.isoformat(" ", "minutes")[:16]
 
 
 def _normalise_time(value: Any) -> Any:
@@ -278,29 +283,40 @@ def parse_json(data: bytes | str) -> Any:
         value = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
         raise DocumentError("a document is not valid JSON", expected="JSON in UTF-8") from None
-    _check_value(value, 0)
+    _check_value(value)
     return value
 
 
-def _check_value(value: Any, depth: int) -> None:
-    if depth > _MAX_DEPTH:
-        raise DocumentError("a document is nested too deeply", expected=f"<= {_MAX_DEPTH} levels")
-    match value:
-        case dict():
-            for name, item in value.items():
-                _check_value(name, depth)
-                _check_value(item, depth + 1)
-        case list():
-            for item in value:
-                _check_value(item, depth + 1)
-        case str():
-            if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
-                raise DocumentError(
-                    "a document holds text that is not Unicode", found="half of a surrogate pair"
-                )
-        case float():
-            if not math.isfinite(value):  # 1e999 is spelled like a number
-                _refuse_constant(str(value))
+def _check_value(value: Any) -> None:
+    level, depth = [value], 0
+    while level:
+        below: list[Any] = []
+        for item in level:
+            kind = type(item)
+            if kind is str:
+                if not item.isascii():
+                    _check_text(item)
+            elif kind is dict:
+                if not all(name.isascii() for name in item):
+                    for name in item:
+                        _check_text(name)
+                below += item.values()
+            elif kind is list:
+                below += item
+            elif kind is float and not math.isfinite(item):  # 1e999 is spelled like a number
+                _refuse_constant(str(item))
+        level, depth = below, depth + 1
+        if level and depth > _MAX_DEPTH:
+            raise DocumentError(
+                "a document is nested too deeply", expected=f"<= {_MAX_DEPTH} levels"
+            )
+
+
+def _check_text(text: str) -> None:
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        raise DocumentError(
+            "a document holds text that is not Unicode", found="half of a surrogate pair"
+        )
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -377,7 +393,7 @@ def parse_yaml(text: str | bytes) -> Any:
         ) from None
     except (yaml.YAMLError, ValueError, RecursionError):
         raise DocumentError("a document is not valid YAML", expected="YAML 1.1 in UTF-8") from None
-    _check_value(value, 0)
+    _check_value(value)
     return value
 
 

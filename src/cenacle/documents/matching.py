@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 
 from cenacle.documents.asset import Asset
-from cenacle.documents.base import parse_time, short
+from cenacle.documents.base import minutes, parse_time, short
 from cenacle.documents.clauses import Clause, check
 from cenacle.documents.contract import Contract, RecipeJob
 from cenacle.documents.protection import Protection, at_least
@@ -97,7 +97,7 @@ def match_terms(
         clause(
             "expires",
             now <= parse_time(terms.expires),
-            now.strftime("%Y-%m-%d %H:%M"),
+            minutes(now),
             f"until {terms.expires}",
             "ask the owner to seal new terms",
         ),
@@ -209,10 +209,11 @@ def _privacy(asset: Asset, subject: str) -> Clause:
 def _recipients(asset: Asset, contract: Contract, subject: str) -> Clause:
     allowed = asset.terms.recipients
     patterns = (asset.owner,) if allowed is None else allowed
-    accepted = {f"{name}@{digest}" for name, digest in contract.parties.items()}
-    names = {
-        pattern.split("@")[0] for pattern in patterns if "@" not in pattern or pattern in accepted
-    }
+    names = set()
+    for pattern in patterns:
+        name, _, digest = pattern.partition("@")
+        if "@" not in pattern or contract.parties.get(name) == digest:
+            names.add(name)
     receivers = sorted({output.recipient for output in contract.outputs})
     return check(
         subject,

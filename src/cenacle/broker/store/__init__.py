@@ -8,7 +8,8 @@
             path = tx.inclusion_path(index)
 """
 
-from cenacle.broker.store.committer import Committer
+from cenacle.broker.store.committer import Committer, Outcome
+from cenacle.broker.store.logbook import Place
 from cenacle.broker.store.reads import ReadTransaction
 from cenacle.broker.store.rows import (
     AssetRow,
@@ -31,7 +32,9 @@ __all__ = [
     "ContractRow",
     "InvitationRow",
     "LogEntry",
+    "Outcome",
     "PartyRow",
+    "Place",
     "ReadTransaction",
     "Reservation",
     "RunRow",

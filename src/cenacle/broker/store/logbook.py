@@ -7,15 +7,26 @@ found here first, so a proof of an entry just appended needs no query.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Final
 
-from cenacle.broker.merkle import Frontier, Node
+from cenacle.broker.merkle import Frontier, Node, NodeReader, inclusion_proof
 from cenacle.broker.store.rows import LogEntry
 from cenacle.broker.store.session import Session
 
-__all__ = ["Logbook", "Mark"]
+__all__ = ["Logbook", "Mark", "Place"]
 
-Mark = tuple[Frontier, int, int]
+Mark = tuple[Frontier, int, int, int]
+
+
+@dataclass(slots=True)
+class Place:
+    """Entry ``index`` in a tree of ``size`` entries with the root ``root``: its path there."""
+
+    index: int
+    size: int = 0
+    root: bytes = b""
+    path: tuple[bytes, ...] = ()
 
 
 class Logbook:
@@ -25,6 +36,7 @@ class Logbook:
         self._base: Final = {(node.level, node.index): node.hash for node in frontier.nodes}
         self.frontier = frontier
         self.entries: list[LogEntry] = []
+        self.places: list[Place] = []
         self._nodes: dict[tuple[int, int], bytes] = {}
 
     @property
@@ -49,14 +61,24 @@ class Logbook:
         return self._nodes.get((level, index)) or self._base.get((level, index))
 
     def mark(self) -> Mark:
-        return self.frontier, len(self.entries), len(self._nodes)
+        return self.frontier, len(self.entries), len(self._nodes), len(self.places)
 
     def reset(self, mark: Mark) -> None:
         """Forget everything since ``mark``."""
-        self.frontier, entries, nodes = mark
+        self.frontier, entries, nodes, places = mark
         del self.entries[entries:]
+        del self.places[places:]
         while len(self._nodes) > nodes:
             self._nodes.popitem()
+
+    def fill(self, reader: NodeReader) -> None:
+        """Tell every place the tree as it is now."""
+        if not self.places:
+            return
+        size, root = self.size, self.frontier.root()
+        for place in self.places:
+            place.size, place.root = size, root
+            place.path = inclusion_proof(place.index, size, reader)
 
     def flush(self, session: Session) -> None:
         """Write what waits into the transaction, which is about to commit."""

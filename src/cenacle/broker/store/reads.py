@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, Final
+
 from cenacle.broker import merkle
 from cenacle.broker.ledger import LedgerView
 from cenacle.broker.store.rows import (
@@ -19,6 +23,23 @@ from cenacle.broker.store.session import Session
 from cenacle.errors import InputError, ProofError
 
 __all__ = ["ReadTransaction"]
+
+_TOGETHER: Final = 64
+
+
+@cache
+def _dossiers(count: int) -> str:
+    """One statement for ``count`` contracts: rows of each, its document first."""
+    asked = ", ".join(f":contract{number}" for number in range(count))
+    statement = (
+        "SELECT 0 AS part, digest, name, envelope, proposer, created_at, replaces, replaced_by,"
+        " NULL AS signature FROM contracts WHERE digest IN (#) UNION ALL"
+        " SELECT 1, contract, party, keyid, signed_at, NULL, NULL, NULL, signature"
+        " FROM signatures WHERE contract IN (#) UNION ALL"
+        " SELECT 2, contract, party, envelope, NULL, NULL, NULL, NULL, NULL"
+        " FROM vetoes WHERE contract IN (#) ORDER BY part, name"
+    )
+    return statement.replace("#", asked)
 
 
 class ReadTransaction:
@@ -119,6 +140,37 @@ class ReadTransaction:
             contract=contract,
         )
         return [VetoRow(*row) for row in rows]
+
+    def dossier(self, digest: str) -> tuple[ContractRow, list[SignatureRow], list[VetoRow]] | None:
+        """A contract with its signatures and vetoes, both by party, in one round trip."""
+        rows = self._session.known("dossiers", digest)
+        if rows is None:
+            rows = self._session.all(_dossiers(1), contract0=digest)
+        if not rows or rows[0][0] != 0:
+            return None
+        contract = ContractRow(*rows[0][1:8])
+        signatures = [
+            SignatureRow(digest, party, keyid, bytes(signature), signed_at)
+            for part, _, party, keyid, signed_at, _, _, _, signature in rows
+            if part == 1
+        ]
+        vetoes = [VetoRow(digest, row[2], row[3]) for row in rows if row[0] == 2]
+        return contract, signatures, vetoes
+
+    def look_up(self, digests: Sequence[str]) -> None:
+        """Read the dossiers of several contracts at once, for closures that follow."""
+        asked = list(dict.fromkeys(digests))
+        found: dict[str, list[tuple[Any, ...]]] = {digest: [] for digest in asked}
+        for start in range(0, len(asked), _TOGETHER):
+            some = asked[start : start + _TOGETHER]
+            # Few different statements: the last digest is repeated up to a power of two.
+            size = 1 << (len(some) - 1).bit_length()
+            some += some[-1:] * (size - len(some))
+            parameters = {f"contract{number}": digest for number, digest in enumerate(some)}
+            for row in self._session.all(_dossiers(size), **parameters):
+                found[row[1]].append(row)
+        for digest, rows in found.items():
+            self._session.learn("dossiers", digest, rows)
 
     # Runs and reservations
 

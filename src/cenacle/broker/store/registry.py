@@ -8,6 +8,8 @@ somebody else came first; nothing was changed then. Who may do a thing is not de
 from __future__ import annotations
 
 from cenacle.broker.store.reads import ReadTransaction
+from cenacle.broker.store.session import Session
+from cenacle.broker.store.waiting import INSERT_NONCE, Waiting
 from cenacle.errors import ConflictError, EvidenceError, InputError, RefusedError
 
 __all__ = ["RegistryWrites"]
@@ -16,7 +18,11 @@ __all__ = ["RegistryWrites"]
 class RegistryWrites(ReadTransaction):
     """The part of a :class:`~cenacle.broker.store.Transaction` about who and what exists."""
 
-    __slots__ = ()
+    __slots__ = ("_waiting",)
+
+    def __init__(self, session: Session, waiting: Waiting) -> None:
+        super().__init__(session)
+        self._waiting = waiting
 
     def set_meta(self, key: str, value: str) -> None:
         """Create or overwrite one of the broker's own settings."""
@@ -238,12 +244,11 @@ class RegistryWrites(ReadTransaction):
 
     def consume_nonce(self, nonce: bytes, used_at: str) -> None:
         """Spend a nonce; EvidenceError if it was spent before."""
-        changed = self._session.run(
-            "INSERT INTO nonces (nonce, used_at) VALUES (:nonce, :used_at) ON CONFLICT DO NOTHING",
-            nonce=nonce,
-            used_at=used_at,
-        )
-        if not changed:
+        if self._session.untouched:
+            new = self._waiting.nonce(nonce, used_at)
+        else:
+            new = bool(self._session.run(INSERT_NONCE, nonce=nonce, used_at=used_at))
+        if not new:
             raise EvidenceError(
                 "evidence was shown before",
                 found="a nonce that was used already",

@@ -20,9 +20,10 @@ from cenacle.broker.ledger import (
     epsilon_units,
     settled_charge,
 )
-from cenacle.broker.store.reads import ReadTransaction
+from cenacle.broker.store.registry import RegistryWrites
 from cenacle.broker.store.session import Session
 from cenacle.broker.store.totals import Totals
+from cenacle.broker.store.waiting import INSERT_RUN, Waiting
 from cenacle.errors import ConflictError, InputError, RefusedError
 
 __all__ = ["RunWrites"]
@@ -30,13 +31,13 @@ __all__ = ["RunWrites"]
 _TOGETHER: Final = 32
 
 
-class RunWrites(ReadTransaction):
+class RunWrites(RegistryWrites):
     """The part of a :class:`~cenacle.broker.store.Transaction` about runs and budgets."""
 
     __slots__ = ("_totals",)
 
-    def __init__(self, session: Session, totals: Totals) -> None:
-        super().__init__(session)
+    def __init__(self, session: Session, waiting: Waiting, totals: Totals) -> None:
+        super().__init__(session, waiting)
         self._totals = totals
 
     def ledger(self, asset: str) -> LedgerView:
@@ -61,19 +62,19 @@ class RunWrites(ReadTransaction):
 
         With an ``enclave_key`` its first release is recorded too: see :meth:`record_release`.
         """
-        changed = self._session.run(
-            "INSERT INTO runs (id, contract, open_contract, state, created_at, releases,"
-            " enclave_key, job_secret_wrapped, checkpoint_version)"
-            " VALUES (:run, :contract, :contract, 'open', :created_at, :releases, :enclave_key,"
-            " :secret, 0) ON CONFLICT DO NOTHING",
-            run=run,
-            contract=contract,
-            created_at=created_at,
-            releases=0 if enclave_key is None else 1,
-            enclave_key=enclave_key,
-            secret=job_secret_wrapped,
-        )
-        if not changed:
+        row = {
+            "run": run,
+            "contract": contract,
+            "created_at": created_at,
+            "releases": 0 if enclave_key is None else 1,
+            "enclave_key": enclave_key,
+            "secret": job_secret_wrapped,
+        }
+        if self._session.untouched:
+            new = self._waiting.run(row)
+        else:
+            new = bool(self._session.run(INSERT_RUN, **row))
+        if not new:
             raise ConflictError(
                 "a run is open already",
                 found=contract,
@@ -177,6 +178,27 @@ class RunWrites(ReadTransaction):
 
     def reserve_all(self, run: str, charges: Mapping[str, Charge], event: str = "{}") -> None:
         """:meth:`reserve` several assets in few round trips to the database."""
+        if self._session.untouched and self._waiting.has_run(run):
+            self._reserve_later(run, charges, event)
+        else:
+            self._reserve_now(run, charges, event)
+        for asset, charge in charges.items():
+            self._set_totals(asset, self.ledger(asset).charged(charge))
+
+    def _reserve_later(self, run: str, charges: Mapping[str, Charge], event: str) -> None:
+        for asset, charge in charges.items():
+            row = {
+                "run": run,
+                "asset": asset,
+                "uses": charge.uses,
+                "epsilon": _real(charge.epsilon),
+                "delta": _real(charge.delta),
+                "event": event,
+            }
+            if not self._waiting.reservation(row):
+                raise _reserved_already(charges)
+
+    def _reserve_now(self, run: str, charges: Mapping[str, Charge], event: str) -> None:
         changed = 0
         listed = list(charges.items())
         for start in range(0, len(listed), _TOGETHER):
@@ -192,11 +214,7 @@ class RunWrites(ReadTransaction):
             known = self.run(run)
             if known is None or known.state != "open":
                 raise self._not_open(run)
-            raise ConflictError(
-                "a run has reserved this asset already", found=", ".join(sorted(charges))
-            )
-        for asset, charge in charges.items():
-            self._set_totals(asset, self.ledger(asset).charged(charge))
+            raise _reserved_already(charges)
 
     def settle(
         self, run: str, asset: str, epsilon: float | None = None, delta: float | None = None
@@ -243,6 +261,10 @@ class RunWrites(ReadTransaction):
                 expected="epsilon below 4.6e9, delta below 4.6",
             )
         self._totals.set(asset, view, changed=True)
+
+
+def _reserved_already(charges: Mapping[str, Charge]) -> ConflictError:
+    return ConflictError("a run has reserved this asset already", found=", ".join(sorted(charges)))
 
 
 def _real(amount: float | None) -> float | None:

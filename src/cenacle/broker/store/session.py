@@ -18,7 +18,9 @@ from cenacle.errors import ConflictError, InputError, UnavailableError
 __all__ = ["Dialect", "Memo", "Session"]
 
 _REMEMBERED: Final = frozenset({"assets", "contracts", "meta", "parties", "signatures", "vetoes"})
-_SELECT: Final = re.compile(r"SELECT [^()]* FROM (\w+)(?: WHERE [^()]*)?")
+_DOSSIERS: Final = frozenset({"contracts", "signatures", "vetoes"})
+_SELECT: Final = re.compile(r"(?!.* UNION )SELECT [^()]* FROM (\w+)(?: WHERE [^()]*)?")
+_UNSEEN: Final = re.compile(r"\b(?:nonces|runs|reservations)\b")
 _CHANGE: Final = re.compile(r"(?:INSERT INTO|UPDATE|DELETE FROM) (\w+)\b")
 
 
@@ -31,6 +33,7 @@ class Dialect:
         self.dbapi: Final[Any] = engine.dialect.loaded_dbapi
         self._compiled: dict[str, str] = {}
         self._tables: dict[str, tuple[str | None, str | None]] = {}
+        self._harmless: dict[str, bool] = {}
 
     def compile(self, statement: str) -> str:
         """``:name`` parameters in the driver's own form."""
@@ -47,6 +50,14 @@ class Dialect:
             read, changed = _SELECT.fullmatch(statement), _CHANGE.match(statement)
             known = read and read[1], changed and changed[1]
             self._tables[statement] = known
+        return known
+
+    def is_harmless(self, statement: str) -> bool:
+        """Whether it changes nothing and reads no table whose rows may wait to be inserted."""
+        known = self._harmless.get(statement)
+        if known is None:
+            known = statement.startswith("SELECT ") and _UNSEEN.search(statement) is None
+            self._harmless[statement] = known
         return known
 
     def translate(self, error: Exception) -> Exception:
@@ -102,19 +113,57 @@ class Memo:
             self._rows.clear()
         else:
             self._rows.pop(table, None)
+            if table in _DOSSIERS:
+                self._rows.pop("dossiers", None)
 
 
 class Session:
-    """Statements within one transaction. Not for use by two threads at once."""
+    """Statements within one transaction. Not for use by two threads at once.
 
-    __slots__ = ("_cursor", "_dialect", "_memo", "_open", "failed")
+    Args:
+        before: called once, before the first statement that is not harmless; until then the
+            session is ``untouched``.
 
-    def __init__(self, dialect: Dialect, cursor: Any, memo: Memo | None = None) -> None:
+    Attributes:
+        failed: the loss of the database, which no closure may hide.
+        unclear: something failed before there was a savepoint to go back to, so nothing but the
+            whole transaction can be taken back.
+    """
+
+    __slots__ = ("_before", "_cursor", "_dialect", "_memo", "_open", "failed", "unclear")
+
+    def __init__(
+        self,
+        dialect: Dialect,
+        cursor: Any,
+        memo: Memo | None = None,
+        before: Callable[[], None] | None = None,
+    ) -> None:
         self._dialect = dialect
         self._cursor = cursor
         self._memo = memo
+        self._before = before
         self._open = True
         self.failed: UnavailableError | None = None
+        self.unclear = False
+
+    @property
+    def untouched(self) -> bool:
+        return self._before is not None
+
+    def touch(self) -> None:
+        """What a statement that is not harmless does first."""
+        before, self._before = self._before, None
+        if before is None:
+            return
+        try:
+            before()
+        except UnavailableError as error:
+            self.failed = error
+            raise
+        except BaseException:
+            self.unclear = True
+            raise
 
     def _do(self, call: Callable[..., Any], *arguments: Any) -> Any:
         if not self._open:
@@ -127,6 +176,8 @@ class Session:
             translated = self._dialect.translate(error)
             if isinstance(translated, UnavailableError):
                 self.failed = translated
+            elif self._before is not None:
+                self.unclear = True
             if translated is error:
                 raise
             raise translated from None
@@ -141,6 +192,7 @@ class Session:
         """Execute once for each row of parameters; returns how many rows changed in all."""
         if not rows:
             return 0
+        self.touch()
         if self._memo is not None:
             self._memo.forget(self._dialect.tables(statement)[1])
         self._do(self._cursor.executemany, self._dialect.compile(statement), rows)
@@ -169,12 +221,23 @@ class Session:
             self._memo.keep(table, key, rows)
         return rows
 
+    def known(self, table: str, key: Any) -> list[tuple[Any, ...]] | None:
+        """What :meth:`learn` was told in this transaction, unless a change made it forgotten."""
+        return None if self._memo is None or not self._open else self._memo.find(table, key)
+
+    def learn(self, table: str, key: Any, rows: list[tuple[Any, ...]]) -> None:
+        """Keep rows of a table, or of ``dossiers``, for later in a writing transaction."""
+        if self._memo is not None:
+            self._memo.keep(table, key, rows)
+
     def _fetch(self, statement: str, parameters: dict[str, Any]) -> list[tuple[Any, ...]]:
         self._execute(statement, parameters)
         rows: list[tuple[Any, ...]] = self._do(self._cursor.fetchall)
         return rows
 
     def _execute(self, statement: str, parameters: dict[str, Any]) -> None:
+        if self._before is not None and not self._dialect.is_harmless(statement):
+            self.touch()
         if self._memo is not None and not statement.startswith("SELECT "):
             self._memo.forget(self._dialect.tables(statement)[1])
         self._do(self._cursor.execute, self._dialect.compile(statement), parameters)
@@ -182,3 +245,4 @@ class Session:
     def close(self) -> None:
         """Refuse further use, so that a closure cannot keep its transaction."""
         self._open = False
+        self._before = None

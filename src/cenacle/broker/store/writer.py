@@ -13,6 +13,7 @@ from cenacle.broker.store.logbook import Logbook, Mark
 from cenacle.broker.store.reads import ReadTransaction
 from cenacle.broker.store.session import Dialect, Memo, Session
 from cenacle.broker.store.totals import Totals
+from cenacle.broker.store.waiting import Waiting
 from cenacle.broker.store.writes import Transaction
 from cenacle.errors import UnavailableError
 
@@ -35,6 +36,9 @@ class Writer:
         self._mark: Mark | None = None
         self._memo = Memo()
         self._totals = Totals()
+        self._waiting = Waiting()
+        self._saved = False
+        self._waiting_mark = self._waiting.mark()
         self._xid: str | None = None
         self.is_local: Final = dialect.is_sqlite
 
@@ -45,6 +49,7 @@ class Writer:
             UnavailableError: the database cannot be reached, or another writer is stuck.
         """
         self._logbook, self._memo, self._totals = None, Memo(), Totals()
+        self._waiting, self._saved = Waiting(), False
         for attempt in (1, 2):
             fresh = self._cursor is None
             try:
@@ -73,10 +78,33 @@ class Writer:
         )
         self._xid = cursor.fetchone()[1]
 
-    def transaction(self) -> tuple[Transaction, Session]:
-        """A new view of the running transaction, for one closure."""
-        session = Session(self._dialect, self._cursor, self._memo)
-        return Transaction(session, self._totals, self._load), session
+    def transaction(self, *, alone: bool) -> tuple[Transaction, Session]:
+        """A new view of the running transaction, for one closure, which can be taken back.
+
+        Args:
+            alone: its inserts do not wait to be made together with those of other closures.
+        """
+        self._mark = self._logbook.mark() if self._logbook is not None else None
+        self._waiting_mark = self._waiting.mark()
+        self._totals.mark()
+        session = Session(self._dialect, self._cursor, self._memo, self._save)
+        if alone:
+            session.touch()
+        return Transaction(session, self._waiting, self._totals, self._load), session
+
+    def _save(self) -> None:
+        """A savepoint in front of everything that the running closure changed."""
+        session = Session(self._dialect, self._cursor)
+        own = self._waiting.beyond(self._waiting_mark)
+        self._waiting.flush(session)
+        if self._saved and self._dialect.is_sqlite:
+            session.run("RELEASE closure")
+        if self._saved and not self._dialect.is_sqlite:
+            session.run_script("RELEASE SAVEPOINT closure; SAVEPOINT closure")
+        else:
+            session.run("SAVEPOINT closure")
+        self._saved = True
+        own.flush(session)
 
     def _load(self, tx: ReadTransaction) -> Logbook:
         if self._logbook is None:
@@ -90,21 +118,13 @@ class Writer:
             self._logbook = Logbook(frontier)
         return self._logbook
 
-    def savepoint(self, session: Session, *, first: bool) -> None:
-        """Where the next closure begins; ends the previous one's savepoint, if any."""
-        self._mark = self._logbook.mark() if self._logbook is not None else None
-        self._totals.mark()
-        if not first and self._dialect.is_sqlite:
-            session.run("RELEASE closure")
-        if first or self._dialect.is_sqlite:
-            session.run("SAVEPOINT closure")
-        else:
-            session.run_script("RELEASE SAVEPOINT closure; SAVEPOINT closure")
-
     def undo(self, session: Session) -> None:
-        """Take back what was done since the savepoint, in the database and in the log."""
-        session.run("ROLLBACK TO SAVEPOINT closure")
-        self._memo.forget(None)
+        """Take back what the closure did, in the database and in the log."""
+        if session.untouched:
+            self._waiting.beyond(self._waiting_mark)
+        else:
+            Session(self._dialect, self._cursor).run("ROLLBACK TO SAVEPOINT closure")
+            self._memo.forget(None)
         self._totals.undo()
         if self._logbook is not None:
             if self._mark is None:
@@ -112,17 +132,26 @@ class Writer:
             else:
                 self._logbook.reset(self._mark)
 
+    def flush(self) -> None:
+        """Write what waits into the transaction, which is about to commit.
+
+        Raises:
+            CollisionError: rows that were to be inserted together do not fit.
+        """
+        session = Session(self._dialect, self._cursor)
+        self._waiting.flush(session)
+        self._totals.flush(session)
+        if self._logbook is not None:
+            self._logbook.fill(Transaction(session, self._waiting, self._totals, self._load))
+            self._logbook.flush(session)
+
     def commit(self) -> None:
-        """Flush the log and commit durably.
+        """Commit durably what was flushed.
 
         Raises:
             UnavailableError: nothing of the transaction is visible; or, when the database was
                 lost during the commit and stays lost, its outcome is not known (and it says so).
         """
-        session = Session(self._dialect, self._cursor)
-        self._totals.flush(session)
-        if self._logbook is not None:
-            self._logbook.flush(session)
         try:
             self._cursor.execute("COMMIT")
         except Exception as error:

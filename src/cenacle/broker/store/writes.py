@@ -5,27 +5,31 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 
-from cenacle.broker.store.logbook import Logbook
+from cenacle.broker.store.logbook import Logbook, Place
 from cenacle.broker.store.reads import ReadTransaction
-from cenacle.broker.store.registry import RegistryWrites
 from cenacle.broker.store.rows import LogEntry
 from cenacle.broker.store.runs import RunWrites
 from cenacle.broker.store.session import Session
 from cenacle.broker.store.totals import Totals
+from cenacle.broker.store.waiting import Waiting
 from cenacle.errors import InputError
 
 __all__ = ["Transaction"]
 
 
-class Transaction(RunWrites, RegistryWrites):
+class Transaction(RunWrites):
     """A view that sees and makes changes; all of them commit together, durably, or none."""
 
     __slots__ = ("_load", "_logbook")
 
     def __init__(
-        self, session: Session, totals: Totals, load: Callable[[ReadTransaction], Logbook]
+        self,
+        session: Session,
+        waiting: Waiting,
+        totals: Totals,
+        load: Callable[[ReadTransaction], Logbook],
     ) -> None:
-        super().__init__(session, totals)
+        super().__init__(session, waiting, totals)
         self._load = load
         self._logbook: Logbook | None = None
 
@@ -52,6 +56,15 @@ class Transaction(RunWrites, RegistryWrites):
             )
         return self._book().append(kind, bytes(body))
 
+    def place(self, index: int) -> Place:
+        """Where an entry just appended lies in the tree that this transaction's batch leaves.
+
+        It is filled in before the commit, and holds once that is durable.
+        """
+        place = Place(index)
+        self._book().places.append(place)
+        return place
+
     def _book(self) -> Logbook:
         if self._logbook is None:
             self._logbook = self._load(self)
@@ -66,11 +79,8 @@ class Transaction(RunWrites, RegistryWrites):
         return super().log_root(size)
 
     def get(self, level: int, index: int) -> bytes:
-        if self._logbook is not None:
-            known = self._logbook.find(level, index)
-            if known is not None:
-                return known
-        return super().get(level, index)
+        known = self._book().find(level, index)
+        return super().get(level, index) if known is None else known
 
     def entries(self, start: int, end: int) -> list[LogEntry]:
         book = self._book()
