@@ -71,11 +71,9 @@ def main(folder: Path) -> None:
     images, labels = pictures(500, seed=1000)
     with torch.no_grad():
         accuracy = (model(images).argmax(1) == labels).double().mean().item()
-    cost = session.profile.total
     print(f"last loss {found[-1]:.4f}, of the plain model {expected[-1]:.4f}")
     print(f"accuracy {accuracy:.3f}")
-    print(f"offloaded: {', '.join(session.profile.layers)}")
-    print(f"{cost.products} products, {(cost.bytes_sent + cost.bytes_received) / 1e6:.1f} MB")
+    print(session.profile.table())
     print(f"workers see inputs {session.leakage.inputs}, weights {session.leakage.weights}")
     print(f"timeline for Perfetto: {folder / 'trace.json'}")
     assert abs(found[-1] - expected[-1]) < 1e-2

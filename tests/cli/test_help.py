@@ -40,6 +40,7 @@ draft
 enclave layers
 enclave measure
 log
+offload profile
 offload schemes
 open
 party list

@@ -47,6 +47,7 @@ def files(house: House, patients: dict[str, Sealed]) -> dict[str, Path]:
     # Of its own, so that no command here needs another to have run before it.
     proposal = house.contract(patients, recipe_job(["a", "b"]), {"other": "model"})
     (folder / "contract.yaml").write_text(proposal.to_yaml())
+    (folder / "trace.json").write_text(json.dumps({"otherData": {"layers": [{"layer": "fc"}]}}))
     return {path.name: path for path in folder.iterdir()} | {"folder": folder}
 
 
@@ -62,6 +63,7 @@ SUCCESSES = {
     "broker invite": ("hospital-a", ["broker", "invite", "--as", "hospital-a"], "token"),
     "enclave layers": ("lab", ["enclave", "layers"], "layers"),
     "enclave measure": ("operator", ["enclave", "measure"], "reference"),
+    "offload profile": ("lab", ["offload", "profile", "{trace.json}"], "layers"),
     "offload schemes": ("lab", ["offload", "schemes"], "schemes"),
     "seal": (
         "hospital-a",
@@ -96,6 +98,7 @@ FAILURES = {
     "broker show": ("lab", ["broker", "show", "--broker", "other"], 2),
     "broker invite": ("lab", ["broker", "invite", "--as", "lab"], 4),
     "enclave measure": ("lab", ["enclave", "measure", "--layers", "moat"], 2),
+    "offload profile": ("lab", ["offload", "profile", "{folder}"], 2),
     "demo images": ("lab", ["demo", "images", "--data", "{folder}"], 2),
     "seal": (
         "hospital-a",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import struct
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,11 +13,12 @@ import numpy as np
 import pytest
 from pydantic import TypeAdapter
 
-from cenacle.cli.demo_data import download, load_pictures
+from cenacle.cli.demo_data import load_pictures
 from cenacle.cli.offload import plan_in_words
 from cenacle.cli.receipt import accelerators_in_words
 from cenacle.cli.run import choose_accelerators
 from cenacle.documents.offload import OffloadPlan
+from cenacle.documents.offload_profile import PROFILE_FILE
 from cenacle.documents.receipt import OffloadRecord
 from cenacle.errors import DataError, InputError
 
@@ -42,7 +44,7 @@ def _contract(plan: Fields) -> Any:
         ),
         (
             {"scheme": "lowrank", "accelerators": {"count": 3, "kinds": ("cuda", "ray")}},
-            ["for 3 accelerators (cuda or ray)", "a worker that lies is dropped", "in part"],
+            ["for 3 accelerators (cuda or ray)", "a worker that lies is dropped", "in plain"],
         ),
         ({"scheme": "lowrank", "check": False}, ["NOT checked"]),
         ({"scheme": "permuted"}, ["disguised, and recovered by known attacks"]),
@@ -113,6 +115,103 @@ def test_the_operator_starts_nothing_else(plan: Fields, wanted: str) -> None:
         choose_accelerators(_PLAN.validate_python(plan), wanted)
 
 
+# ------------------------------------------------------------------ profiles
+
+COSTS: Fields = {
+    "format": "cenacle-offload-profile/1",
+    "layers": [
+        {
+            "layer": "conv1", "enclave_seconds": 0.25, "accelerator_seconds": 1.5,
+            "wait_seconds": 1.0, "bytes_sent": 2_000_000, "bytes_received": 500_000,
+            "products": 3,
+        },
+        {
+            "layer": "[red]fc[/]\u001b[2J", "enclave_seconds": 0.5, "accelerator_seconds": 0.0,
+            "wait_seconds": 0.0, "bytes_sent": 0, "bytes_received": 0, "products": 0,
+        },
+    ],
+    "events_left_out": 0,
+}  # fmt: skip
+
+
+def _trace(folder: Path, **changes: Any) -> Path:
+    path = folder / PROFILE_FILE
+    path.write_text(json.dumps({"traceEvents": [], "otherData": {**COSTS, **changes}}))
+    return path
+
+
+def test_a_profile_is_a_table_for_people(alone: Any, tmp_path: Path) -> None:
+    _trace(tmp_path, events_left_out=1234)
+    answer = alone("offload", "profile", tmp_path)  # the folder of the results
+    assert answer.code == 0
+    for word in ("conv1", "250.0", "1,500.0", "1,000.0", "2.0", "0.5", "750.0", "1,234 spans"):
+        assert word in answer.out
+    assert "[red]fc[/]" in answer.out  # as it is: no colour, and nothing that clears the screen
+    assert "\x1b" not in answer.out
+
+
+def test_a_profile_is_an_object_for_programs(alone: Any, tmp_path: Path) -> None:
+    answer = alone("offload", "profile", _trace(tmp_path), "--json")
+    assert answer.code == 0
+    fields = answer.json
+    total = fields.pop("total")
+    assert fields == COSTS
+    assert (total["layer"], total["products"], total["enclave_seconds"]) == ("all", 3, 0.75)
+
+
+def test_what_a_session_wrote_can_be_shown(alone: Any, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    from cenacle.offload import Profile  # noqa: PLC0415
+
+    profile = Profile()
+    with profile.span("conv1", "forward"):
+        profile.sent("conv1", 3_000_000)
+    profile.write_trace(tmp_path / "trace.json")
+    answer = alone("offload", "profile", tmp_path / "trace.json")
+    assert answer.code == 0
+    assert "3.0" in answer.out
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "No such file"),
+        (b"", "not valid JSON"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b"\xff\xfe", "not valid JSON"),
+        (b"{}", "no trace of an offloaded job"),
+        (b'{"traceEvents": []}', "no trace of an offloaded job"),
+        (b'{"otherData": {"layers": [{"layer": "a", "products": -1}]}}', "products"),
+        (b'{"otherData": {"layers": [{"layer": "a", "wait_seconds": NaN}]}}', "JSON cannot hold"),
+    ],
+)
+def test_other_files_are_refused_in_words(
+    content: bytes | None, words: str, alone: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "trace.json"
+    if content is not None:
+        path.write_bytes(content)
+    answer = alone("offload", "profile", path)
+    assert answer.code == 2
+    assert words in answer.err
+    assert "Traceback" not in answer.err
+
+
+def test_a_folder_without_a_profile_says_when_there_is_one(alone: Any, tmp_path: Path) -> None:
+    answer = alone("offload", "profile", tmp_path)
+    assert answer.code == 2
+    assert "written by jobs whose contract sends algebra" in answer.err
+
+
+def test_a_trace_that_is_too_large_is_not_read(
+    alone: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cenacle.cli.offload._MAX_TRACE", 100)
+    answer = alone("offload", "profile", _trace(tmp_path))
+    assert answer.code == 2
+    assert "too large" in answer.err
+
+
 # ------------------------------------------------------------------ pictures
 
 
@@ -158,6 +257,8 @@ def test_without_a_folder_there_are_digits(tmp_path: Path, monkeypatch: pytest.M
 def test_a_folder_without_the_files_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no MNIST files"):
         load_pictures(tmp_path, 3)
+    with pytest.raises(InputError, match="no such folder"):
+        load_pictures(tmp_path / "none", 3)
 
 
 @pytest.mark.parametrize(
@@ -185,9 +286,3 @@ def test_a_damaged_archive_is_named(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-16])
     with pytest.raises(DataError, match="malformed"):
         load_pictures(tmp_path, 100)
-
-
-@pytest.mark.parametrize("url", ["http://example.org/mnist", "ftp://x", "/etc", ""])
-def test_downloads_need_https(url: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="HTTPS"):
-        download(url, tmp_path)

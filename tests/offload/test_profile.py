@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import torch
 from torch import nn
 
 from cenacle.accelerators import InlineAccelerator
+from cenacle.documents.offload_profile import OffloadProfile
+from cenacle.errors import InputError, UnavailableError
 from cenacle.offload import Profile, offload
 from cenacle.offload.fleet import Fleet
 from cenacle.offload.integrity import Verifier
@@ -131,7 +134,7 @@ def test_checking_is_the_enclaves_time(clock: Clock) -> None:
 def check_trace(trace: object) -> list[dict[str, object]]:
     """The Trace Event Format: https://chromium.googlesource.com, "Trace Event Format", 2016."""
     assert isinstance(trace, dict)
-    assert set(trace) == {"traceEvents", "displayTimeUnit"}
+    assert set(trace) == {"traceEvents", "displayTimeUnit", "otherData"}
     assert trace["displayTimeUnit"] in {"ms", "ns"}
     events = trace["traceEvents"]
     assert isinstance(events, list)
@@ -149,6 +152,7 @@ def check_trace(trace: object) -> list[dict[str, object]]:
             assert isinstance(event["cat"], str)
             assert isinstance(event["ts"], float)
             assert isinstance(event["dur"], float)
+            assert event["ts"] >= 0
             assert event["dur"] >= 0
             assert event["tid"] in named
     return events
@@ -168,7 +172,69 @@ def test_the_trace_opens_in_viewers(clock: Clock, tmp_path: Path) -> None:
     tracks = {e["args"]["name"]: e["tid"] for e in events if e["ph"] == "M"}  # type: ignore[index]
     assert set(tracks) == {"enclave", "gpu"}
     assert spans[tracks["enclave"], "conv1 forward"] == (500_000, 250_000)
+    assert spans[tracks["enclave"], "conv1 wait"] == (500_000, 250_000)
     assert spans[tracks["gpu"], "conv1"] == (625_000, 125_000)
+    assert [e["args"] for e in events if e["name"] == "conv1"] == [{"bytes_received": 8}]
+
+
+def test_a_traces_metadata_are_the_costs(clock: Clock, tmp_path: Path) -> None:
+    profile = Profile()
+    for layer in ("conv1", "fc"):
+        with profile.span(layer, "forward"):
+            clock.pass_(0.25)
+        profile.sent(layer, 10)
+    profile.write_trace(tmp_path / "trace.json")
+    trace = json.loads((tmp_path / "trace.json").read_text())
+    found = OffloadProfile.from_trace(trace)
+    assert found == profile.document()
+    assert [one.layer for one in found.layers] == ["conv1", "fc"]
+    assert (found.total.bytes_sent, found.total.enclave_seconds) == (20, 0.5)
+    assert profile.table() == found.table()
+
+
+def test_the_timeline_keeps_the_last_and_costs_keep_all(clock: Clock) -> None:
+    profile = Profile(events=3)
+    for number in range(5):
+        with profile.span(f"layer{number}", "forward"):
+            clock.pass_(1)
+    events = check_trace(profile.trace())
+    assert [e["name"] for e in events if e["ph"] == "X"] == [
+        f"layer{number} forward" for number in (2, 3, 4)
+    ]
+    assert profile.document().events_left_out == 2
+    assert profile.total.enclave_seconds == 5
+    profile.reset()
+    assert profile.document() == OffloadProfile()
+
+
+@pytest.mark.parametrize("seconds", [1e6, 1e300])
+def test_a_worker_that_says_it_took_longer_than_the_session(clock: Clock, seconds: float) -> None:
+    profile = Profile()
+    clock.pass_(1)
+    profile.waited("fc", _Remote("gpu"), clock(), seconds, 8)
+    compute = check_trace(profile.trace())[-1]
+    assert (compute["ts"], compute["dur"]) == (0, 1_000_000)
+    assert profile.document().layers[0].accelerator_seconds == min(seconds, 1e9)
+
+
+def test_a_trace_is_written_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "trace.json"
+    path.write_text("before")
+    monkeypatch.setattr("cenacle.sealing.disk.pwrite_all", full)
+    with pytest.raises(UnavailableError, match="no room"):
+        Profile().write_trace(path)
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_trace_cannot_be_written_to_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot write"):
+        Profile().write_trace(tmp_path / "none" / "trace.json")
 
 
 def test_a_session_fills_its_profile() -> None:
@@ -187,3 +253,11 @@ def test_a_session_fills_its_profile() -> None:
 
 def test_an_empty_profile_is_an_empty_trace() -> None:
     assert check_trace(Profile().trace()) == []
+
+
+def test_a_model_that_is_one_layer_has_a_name_in_its_profile() -> None:
+    with offload(nn.Linear(2, 2), "measured", [InlineAccelerator("a")]) as session:
+        session.model(torch.ones(1, 2))
+    (layer,) = session.profile.document().layers
+    assert layer.layer
+    assert layer.products == 1

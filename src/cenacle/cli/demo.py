@@ -50,7 +50,11 @@ def images(
     ] = None,
     download_url: Annotated[
         str | None,
-        typer.Option(help="Fetch MNIST's IDX files from below this HTTPS address first."),
+        typer.Option(
+            metavar="URL",
+            help="Fetch MNIST's IDX files from below this HTTPS address first; they are believed "
+            "by their digests.",
+        ),
     ] = None,
     folder: Annotated[
         Path | None,

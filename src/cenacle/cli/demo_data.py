@@ -18,12 +18,11 @@ from numpy.typing import NDArray
 
 from cenacle.errors import DataError, InputError, UnavailableError
 
-__all__ = ["Pictures", "download", "load_pictures"]
+__all__ = ["Pictures", "load_pictures", "read_idx"]
 
 _IMAGES: Final = "train-images-idx3-ubyte"
 _LABELS: Final = "train-labels-idx1-ubyte"
 _UNSIGNED_BYTES: Final = 0x08
-_MAX_DOWNLOAD: Final = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def load_pictures(folder: Path | None, count: int) -> Pictures:
         found = _mnist_folder(folder)
         if found is None:
             raise InputError(
-                "the folder has no MNIST files",
+                "the folder has no MNIST files" if folder.is_dir() else "there is no such folder",
                 found=str(folder),
                 expected=f"{_IMAGES}.gz and {_LABELS}.gz, or unpacked",
             )
@@ -86,14 +85,21 @@ def _mnist(folder: Path, count: int) -> Pictures:
     files = [_file(folder, stem) for stem in (_IMAGES, _LABELS)]
     assert files[0] is not None
     assert files[1] is not None
-    images, labels = _read_idx(files[0], 3, count), _read_idx(files[1], 1, count)
+    images, labels = read_idx(files[0], 3, count), read_idx(files[1], 1, count)
     if len(images) != len(labels):
         raise DataError("pictures and labels differ in number", found=str(folder))
     return Pictures("MNIST", images, labels, 1 / 255)
 
 
-def _read_idx(path: Path, dimensions: int, count: int) -> NDArray[np.uint8]:
-    """The first ``count`` items of an IDX file of bytes, plain or gzipped."""
+def read_idx(path: Path, dimensions: int, count: int) -> NDArray[np.uint8]:
+    """The first ``count`` items of an IDX file of bytes, plain or gzipped.
+
+    Returns:
+        As many as there are, with ``dimensions`` dimensions.
+
+    Raises:
+        DataError: the file is malformed.
+    """
     try:
         with path.open("rb") as raw:
             packed = raw.read(2) == b"\x1f\x8b"
@@ -129,40 +135,3 @@ def _digits(count: int) -> Pictures:
     data = load_digits()
     images = data.images[:count].astype(np.uint8)
     return Pictures("scikit-learn's digits", images, data.target[:count].astype(np.uint8), 1 / 16)
-
-
-def download(url: str, folder: Path) -> Path:
-    """Fetch MNIST's training files from below ``url`` into ``folder``, unless they are there.
-
-    Raises:
-        InputError: not an HTTPS address.
-        UnavailableError: it does not give the files.
-    """
-    import httpx
-
-    if not url.startswith("https://"):
-        raise InputError("a download needs an HTTPS address", found=url, expected="https://...")
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in (f"{_IMAGES}.gz", f"{_LABELS}.gz"):
-        target = folder / name
-        if target.exists():
-            continue
-        partial = target.with_suffix(".partial")
-        try:
-            with httpx.stream("GET", f"{url.rstrip('/')}/{name}", follow_redirects=True) as answer:
-                answer.raise_for_status()
-                with partial.open("wb") as file:
-                    for block in answer.iter_bytes():
-                        file.write(block)
-                        if file.tell() > _MAX_DOWNLOAD:
-                            raise UnavailableError("a download is larger than MNIST", found=name)
-            partial.replace(target)
-        except (httpx.HTTPError, OSError) as error:
-            raise UnavailableError(
-                "MNIST cannot be downloaded",
-                found=f"{name}: {str(error)[:200] or type(error).__name__}",
-                remedy="fetch the files by hand and name their folder by --data",
-            ) from None
-        finally:
-            partial.unlink(missing_ok=True)
-    return folder

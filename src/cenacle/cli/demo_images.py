@@ -13,9 +13,12 @@ import numpy as np
 import yaml
 from rich.table import Table
 
-from cenacle.cli.demo_data import Pictures, download, load_pictures
+from cenacle.cli.demo_data import Pictures, load_pictures
+from cenacle.cli.demo_download import download
 from cenacle.cli.offload import PARTS
+from cenacle.cli.output import progress_bar
 from cenacle.cli.stage import Actor, BackgroundBroker, Stage
+from cenacle.errors import InputError
 
 __all__ = ["SCHEMES", "picture_job", "play"]
 
@@ -91,11 +94,21 @@ def play(
         folder: keeps everything; a new one by default.
         data: a folder with MNIST's files; by default CENACLE_DATA, else scikit-learn's digits.
         url: where to download MNIST from, if anywhere.
+
+    Raises:
+        InputError: both a folder and an address are given, or one of them cannot be used.
     """
+    if data is not None and url is not None:
+        raise InputError(
+            "the pictures can come from a folder or from an address, not from both",
+            found="--data and --download-url",
+            expected="one of them",
+        )
     started = time.monotonic()
     root = Path(tempfile.mkdtemp(prefix="cenacle-demo-")) if folder is None else folder.resolve()
     if url is not None:
-        data = download(url, root / "mnist")
+        with progress_bar("downloading MNIST", not quiet) as bar:
+            data = download(url, root / "mnist", report=bar.report)
     pictures = load_pictures(data, _PICTURES)
     stage = Stage(root, quiet=quiet)
     archive, lab, operator = (stage.actor(name) for name in ("archive", "lab", "operator"))
@@ -187,7 +200,8 @@ def _compute(stage: Stage, operator: Actor, lab: Actor, scheme: str, digest: str
     out = f"results-{scheme}"
     data = "../archive/pictures.npz.sealed"
     # One thread each: two cores are enough, and three processes would fight over more.
-    ran = operator.ask("run", digest, "--data", data, "--out", out, "--threads", "1")
+    with progress_bar(f"training under {scheme}", not stage.quiet):
+        ran = operator.ask("run", digest, "--data", data, "--out", out, "--threads", "1")
     receipt = f"../operator/{out}/receipt.json"
     opened = f"metrics-{scheme}.json"
     lab.run("open", receipt, "metrics", "--as", "lab", "--out", opened)
@@ -207,6 +221,7 @@ def _compute(stage: Stage, operator: Actor, lab: Actor, scheme: str, digest: str
         "dropped": [] if used is None else used["dropped"],
         "leakage": verified["leakage"],
         "receipt": str(operator.folder / out / "receipt.json"),
+        "profile": None if ran["offload_profile"] is None else str(operator.folder / out),
     }
 
 
@@ -253,7 +268,10 @@ def _coloured(word: str) -> str:
 
 
 def _closing_command(stage: Stage, lab: Actor, operator: Actor) -> None:
-    receipt = operator.folder / f"results-{SCHEMES[-1]}" / "receipt.json"
+    results = operator.folder / f"results-{SCHEMES[-1]}"
+    receipt = results / "receipt.json"
+    stage.console.print("costs by layer: ", end="")
+    stage.console.print(f"cenacle offload profile {results}", soft_wrap=True, markup=False)
     stage.console.print("verify a receipt: ", end="")
     stage.console.print(
         f"CENACLE_HOME={lab.folder / 'home'} cenacle verify {receipt}",

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Final
+
 import typer
 from rich.table import Table
 
 from cenacle.cli.output import JsonOption, cell, console, errors_in_words, finish, line
 from cenacle.documents.contract import Contract
 from cenacle.documents.offload import EnclavePlan, MeasuredPlan, PermutedPlan
+from cenacle.documents.offload_profile import COLUMNS, PROFILE_FILE, OffloadProfile
 from cenacle.documents.receipt import LeakageRecord
-from cenacle.errors import UnavailableError
+from cenacle.errors import DocumentError, InputError, UnavailableError
 
-__all__ = ["PARTS", "app", "leakage_in_words", "leakage_of", "plan_in_words"]
+__all__ = ["PARTS", "app", "leakage_in_words", "leakage_of", "plan_in_words", "read_profile"]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -19,6 +25,7 @@ app = typer.Typer(
     epilog="Example: cenacle offload schemes",
 )
 
+_MAX_TRACE: Final = 64 << 20
 PARTS = ("inputs", "weights", "activations", "gradients", "labels")
 _WORDS = {
     "hidden": "hidden",
@@ -88,6 +95,79 @@ def plan_in_words(contract: Contract) -> list[str]:
     else:
         lines += [leakage_in_words(record), record.note]
     return lines
+
+
+def read_profile(path: Path) -> OffloadProfile:
+    """The costs in a trace file, or in the one of a folder of results.
+
+    Raises:
+        InputError: there is no such file, or it is too large.
+        DocumentError: it is no trace of an offloaded job.
+    """
+    from cenacle.sealing.disk import disk_errors, open_source
+
+    if path.is_dir():
+        if not (path / PROFILE_FILE).is_file():
+            raise InputError(
+                "the folder has no profile",
+                found=str(path),
+                expected=PROFILE_FILE,
+                remedy="it is written by jobs whose contract sends algebra to accelerators",
+            )
+        path /= PROFILE_FILE
+    with os.fdopen(open_source(path), "rb") as file, disk_errors(f"read {path}"):
+        data = file.read(_MAX_TRACE + 1)
+    if len(data) > _MAX_TRACE:
+        raise InputError("a trace is too large", expected=f"at most {_MAX_TRACE >> 20} MiB")
+    try:
+        trace = json.loads(data)
+    except (ValueError, RecursionError):
+        raise DocumentError("a trace is not valid JSON", expected="JSON in UTF-8") from None
+    return OffloadProfile.from_trace(trace)
+
+
+@app.command(
+    epilog="Examples:\n\ncenacle offload profile results\n\n"
+    "cenacle offload profile trace.json --json"
+)
+def profile(
+    path: Annotated[
+        Path,
+        typer.Argument(
+            metavar="PATH",
+            help=f"A job's folder of results, its {PROFILE_FILE}, or what write_trace wrote.",
+        ),
+    ],
+    json_: JsonOption = False,
+) -> None:
+    """Show what offloading cost a job: seconds and bytes by layer.
+
+    The file also holds the timeline of the job's last steps: open it at
+    https://ui.perfetto.dev or chrome://tracing. It shows names of layers, times
+    and sizes, and no data. Nothing in it is signed, and accelerators' seconds are
+    what they say.
+    """
+    with errors_in_words(json_):
+        found = read_profile(path)
+
+        def show() -> None:
+            table = Table(show_footer=True)
+            *_, total = found.cells()
+            for place, ((name, unit), footer) in enumerate(zip(COLUMNS, total, strict=True)):
+                table.add_column(
+                    f"{name}\n{unit}",
+                    footer,
+                    justify="right" if place else "left",
+                    overflow="fold",
+                )
+            for row in found.layers:
+                table.add_row(*map(cell, row.cells()))
+            console.print(table)
+            if found.events_left_out:
+                line(f"the timeline leaves out the first {found.events_left_out:,} spans")
+
+        fields = found.to_fields()
+        finish({**fields, "total": found.total.to_fields()}, json_, show)
 
 
 @app.command(epilog="Example: cenacle offload schemes --json")

@@ -16,7 +16,9 @@ from cenacle.cli.home import Home
 from cenacle.cli.options import AsOption, BrokerOption, ContractArgument
 from cenacle.cli.output import JsonOption, errors_in_words, finish, line, progress_bar, say
 from cenacle.documents.base import short
+from cenacle.documents.contract import Contract
 from cenacle.documents.offload import EnclavePlan, OffloadPlan
+from cenacle.documents.offload_profile import PROFILE_FILE
 from cenacle.errors import CenacleError, ConflictError, EnclaveError, InputError, RefusedError
 
 if TYPE_CHECKING:
@@ -150,7 +152,7 @@ def run(
             files = find_sealed(opened, data)
             if _is_finished(out, contract, resume):
                 # The job was done; only its last step is missing.
-                _report(finish_receipt(client, out), started, json_)
+                _report(finish_receipt(client, out), opened.contract, started, json_)
                 return
             open_run = client.open_run(contract)
             _check_run(resume, open_run)
@@ -183,7 +185,7 @@ def run(
                 raise
             except CenacleError as error:
                 raise _with_way_on(error, client, contract) from None
-        _report(receipt, started, json_, stages)
+        _report(receipt, opened.contract, started, json_, stages)
 
 
 def _is_finished(out: Path, contract: str, resume: bool) -> bool:
@@ -295,13 +297,30 @@ def _watch(enclave: RunningEnclave, out: Path, json_: bool) -> tuple[Path, dict[
 
 
 def _report(
-    receipt: Path, started: float, json_: bool, stages: dict[str, float] | None = None
+    receipt: Path,
+    contract: Contract,
+    started: float,
+    json_: bool,
+    stages: dict[str, float] | None = None,
 ) -> None:
     seconds = round(time.monotonic() - started, 2)
+    profile = receipt.with_name(PROFILE_FILE)
+    offloaded = contract.offload.scheme != "enclave" and profile.is_file()
+
+    def show() -> None:
+        line(f"receipt {receipt} after {seconds} s")
+        if offloaded:
+            line(f"costs by layer: cenacle offload profile {profile}")
+
     finish(
-        {"receipt": str(receipt), "seconds": seconds, "stages": stages or {}},
+        {
+            "receipt": str(receipt),
+            "seconds": seconds,
+            "stages": stages or {},
+            "offload_profile": str(profile) if offloaded else None,
+        },
         json_,
-        lambda: line(f"receipt {receipt} after {seconds} s"),
+        show,
     )
 
 

@@ -20,6 +20,7 @@ from cenacle.broker.receipts import OpenedContract, open_contract
 from cenacle.broker.rules import expected_program
 from cenacle.documents.base import Digest, Frozen, Name, NonEmpty
 from cenacle.documents.contract import ProgramJob, RecipeJob
+from cenacle.documents.offload_profile import PROFILE_FILE
 from cenacle.enclave.accelerators import attach, require_agreed
 from cenacle.enclave.assets import asset_path, check_files, open_asset
 from cenacle.enclave.channel import Channel, OutputFile
@@ -86,6 +87,9 @@ def run_agent(config: AgentConfig, channel: Channel) -> None:
             with attach(opened.contract, config, session) as offloading:
                 values = _run(opened, session, config, channel, offloading)
             channel.stage("outputs")
+            if offloading is not None:
+                # In the open: names of layers, which the contract shows, times and sizes.
+                offloading.profile.write_trace(outputs / PROFILE_FILE)
             records = seal_outputs(opened, job.contract, values, outputs)
         finally:
             session.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -10,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from cenacle.cli.offload import read_profile
+from cenacle.documents.offload_profile import PROFILE_FILE
 from cenacle.enclave.channel import Message, Progress
 from cenacle.enclave.launcher import RunningEnclave
 from cenacle.enclave.sandbox import SandboxPlan, plan
@@ -98,6 +101,13 @@ def test_a_job_runs_on_two_accelerators_and_its_receipt_tells(
     assert min(told.bytes_sent, told.bytes_received, told.products) > 0
     assert told.checked == 0
     assert told.seconds_inside > 0
+    costs = read_profile(finished.receipt.parent)  # both models' together, under one name
+    assert [one.layer for one in costs.layers] == ["hidden1", "output"]
+    assert costs.total.bytes_sent == told.bytes_sent
+    assert costs.total.products == told.products
+    trace = json.loads((finished.receipt.parent / PROFILE_FILE).read_text())
+    tracks = {event["args"]["name"] for event in trace["traceEvents"] if event["ph"] == "M"}
+    assert tracks == {"enclave", "process-1", "process-2"}
     done, total = finished.progress[-1]
     assert done == total > 0
     assert len(house.metrics(finished)["alone"]) == 2
@@ -173,7 +183,7 @@ def _permuted(told: Any) -> None:
 
 def _lowrank(told: Any) -> None:
     assert told.offload.weights == "plaintext"
-    assert told.offload.inputs == "partial"
+    assert told.offload.inputs == "obfuscated"
 
 
 def _masked(told: Any) -> None:
