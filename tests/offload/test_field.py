@@ -123,20 +123,38 @@ def test_lift_is_the_inverse_of_to_field(values: list[int]) -> None:
 
 
 @pytest.mark.parametrize("make", both())
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("lowest", [-np.inf, 0.0])
 @pytest.mark.parametrize(
     ("rows", "channels", "space", "first", "size"),
-    [(1, 1, 1, 0, 1), (3, 5, 7, 10, 80), (4, 9, 1, 5, 30), (2, 4, 16, 0, 128), (2, 3, 4, 11, 2)],
+    [
+        (1, 1, 1, 0, 1),
+        (3, 5, 7, 10, 80),
+        (4, 9, 1, 5, 30),
+        (2, 4, 16, 0, 128),
+        (2, 3, 4, 11, 2),
+        (2, 3, 320, 0, 1920),
+        (2, 3, 200, 7, 1000),
+        (1, 1, 64, 0, 64),
+    ],
 )
 def test_passes_against_python(
-    make: Callable[[], Kernels], rows: int, channels: int, space: int, first: int, size: int
+    make: Callable[[], Kernels],
+    rows: int,
+    channels: int,
+    space: int,
+    first: int,
+    size: int,
+    lowest: float,
+    stream: bool,
 ) -> None:
     passes, rng, row = make(), np.random.default_rng(7), channels * space
     x = rng.normal(size=size).astype(np.float32)
     inverse = rng.uniform(1, 300, rows).astype(np.float32)
     mask, z = elements(size).astype(np.uint32), elements(row, seed=3).astype(np.uint32)
     mask[0], mask[-1] = PRIME - 1, 0
-    sums, out = np.zeros(rows, np.uint64), np.empty(size, np.int32)
-    passes.blind(x, inverse, mask, z, row, first, sums, out)
+    sums, out = np.zeros(rows, np.uint64), aligned(size, np.int32)
+    passes.blind(x, inverse, mask, z, row, first, sums, out, stream)
 
     wanted = [0] * rows
     for i in range(size):
@@ -150,31 +168,76 @@ def test_passes_against_python(
     r, s = elements(space, seed=5).astype(np.uint32), elements(channels, seed=6).astype(np.uint32)
     scale, bias = rng.random(channels, np.float32), rng.random(channels, np.float32)
     factors = rng.random(rows, np.float32)
-    sums[:], wanted, result = 0, [0] * rows, np.empty(size, np.float32)
+    sums[:], wanted, result = 0, [0] * rows, aligned(size, np.float32)
+    least = np.float32(lowest)
     assert not passes.unblind(
-        out, correction, r, s, factors, scale, bias, space, first, sums, result
+        out, correction, r, s, factors, scale, bias - 0.5, least, space, first, sums, result, stream
     )
     for i in range(size):
         number, at = divmod(first + i, row)
         channel = at // space
         value = (int(out[i]) - int(correction[i])) % PRIME
         value -= PRIME if value > HALF else 0
-        real = np.float32(value) * np.float32(factors[number] * scale[channel]) + bias[channel]
-        assert result[i] == real
+        real = np.float32(value) * np.float32(factors[number] * scale[channel])
+        assert result[i] == max(np.float32(real + (bias[channel] - np.float32(0.5))), least)
         weight = int(r[at % space]) * int(s[channel])
         wanted[number] = (wanted[number] + int(out[i]) * weight) % PRIME
     assert sums.tolist() == wanted
 
 
 @pytest.mark.parametrize("make", both())
+@pytest.mark.parametrize("shape", [(1, 2, 2), (3, 4, 6), (2, 14, 14), (5, 6, 34)])
+def test_pooling_takes_the_greatest(
+    make: Callable[[], Kernels], shape: tuple[int, int, int]
+) -> None:
+    y = torch.randn(shape)
+    wanted = torch.nn.functional.max_pool2d(y, 2)
+    out = np.empty(wanted.numel(), np.float32)
+    make().pool(y.view(-1).numpy(), shape[2], out)
+    assert np.array_equal(out, wanted.view(-1).numpy())
+
+
+def aligned(size: int, dtype: Any) -> Array:
+    """As large tensors are: beginning with a line of the cache."""
+    memory = np.empty(size + 16, dtype)
+    return memory[-memory.ctypes.data % 64 // 4 :][:size]
+
+
+@pytest.mark.parametrize("make", both())
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_greatest_elements_do_not_overflow_the_check(
+    make: Callable[[], Kernels], stream: bool
+) -> None:
+    size = 64 * 50 + 3
+    top, sums = np.full(size, PRIME - 1, np.uint32), np.zeros(1, np.uint64)
+    one, zeros = np.ones(1, np.float32), np.zeros(size, np.float32)
+    out = aligned(size, np.int32)
+    make().blind(zeros, one, top, top, size, 0, sums, out, stream)
+    wanted = size * (PRIME - 1) ** 2 % PRIME
+    assert sums.tolist() == [wanted]
+    sums[0], result = 0, aligned(size, np.float32)
+    make().unblind(
+        out, top.view(np.int32), top, np.ones(1, np.uint32), one, one, one - 1,
+        np.float32(-np.inf), size, 0, sums, result, stream,
+    )  # fmt: skip
+    assert sums.tolist() == [wanted]
+    assert not result.any()
+
+
+@pytest.mark.parametrize("make", both())
 @pytest.mark.parametrize("value", [PRIME, -1, -(2**31)])
-def test_what_is_no_field_element_is_noticed(make: Callable[[], Kernels], value: int) -> None:
+@pytest.mark.parametrize("size", [2, 64, 70, 300])
+def test_what_is_no_field_element_is_noticed(
+    make: Callable[[], Kernels], value: int, size: int
+) -> None:
     one = np.ones(1, np.float32)
     words, sums = np.ones(1, np.uint32), np.zeros(1, np.uint64)
-    for y in ([value, 0], [0, value]):
+    for where in {0, 1, size // 2, size - 1}:
+        y = np.zeros(size, np.int32)
+        y[where] = value
         found = make().unblind(
-            np.array(y, np.int32), np.zeros(2, np.int32), np.ones(2, np.uint32), words,
-            one, one, one, 2, 0, sums, np.empty(2, np.float32),
+            y, np.zeros(size, np.int32), np.ones(size, np.uint32), words,
+            one, one, one, one[0], size, 0, sums, np.empty(size, np.float32), False,
         )  # fmt: skip
         assert found
 
@@ -264,17 +327,22 @@ def test_a_word_that_is_no_element_is_drawn_again(monkeypatch: pytest.MonkeyPatc
     honest = stream._words
     calls: list[tuple[int, int]] = []
 
-    def words(half: int, first: int, out: Array) -> None:
+    def words(half: int, first: int) -> Callable[[Array, int], Array]:
         calls.append((half, first))
-        honest(half, first, out)
-        if half == 0 or len(calls) == 2:
-            out[:] = 0xFFFFFFFF  # all ones, as one word in 2^31 is
+        number, read = len(calls), honest(half, first)
+
+        def ones(memory: Array, count: int) -> Array:
+            found = read(memory, count)
+            if half == 0 or number == 2:
+                found[:] = 0xFFFFFFFF  # all ones, as one word in 2^31 is
+            return found
+
+        return ones
 
     monkeypatch.setattr(stream, "_words", words)
     found = stream.tensor(100, (1,))
     assert calls == [(0, 100), (1, 400), (1, 4 * (100 + (1 << 64)))]
-    again = np.empty(4, np.uint32)
-    honest(1, 4 * (100 + (1 << 64)), again)
+    again = honest(1, 4 * (100 + (1 << 64)))(np.empty(8, np.uint32), 4)
     assert int(found) == int(again[0] & PRIME)
 
 

@@ -112,6 +112,24 @@ def test_a_mask_works_once() -> None:
                 duplicate(mask)
 
 
+def test_masks_of_before_are_given_up_when_a_store_is_filled_anew() -> None:
+    """They would be at places of the new masks' keystream that are handed out again."""
+    with MaskStore() as store:
+        store.fill(PLANS, 3, correct)
+        plan = PLANS[0]
+        idle, begun, done = (store.take(plan.name, 2, plan.digest) for _ in range(3))
+        pieces = begun.consume()
+        words(done)
+        store.fill(PLANS, 2, correct)
+        with pytest.raises(ConflictError, match="filled anew"):
+            idle.consume()
+        with pytest.raises(ConflictError, match="filled anew"):
+            corrections(done, 0, 1)
+        assert len(list(pieces)) == 1  # its own numbers, which nobody else has
+        with pytest.raises(ConflictError, match="filled anew"):
+            corrections(begun, 0, 1)
+
+
 def test_no_two_masks_have_anything_in_common() -> None:
     """Over passes, layers, refills, and stores with the same key."""
     seen: set[int] = set()

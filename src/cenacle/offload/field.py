@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -44,6 +45,7 @@ __all__ = [
 HALF: Final = PRIME // 2
 """The greatest magnitude of a lifted element."""
 _PIECE: Final = 1 << 16
+_ZEROS: Final = memoryview(bytes(4 * _PIECE))
 _SMALLEST, _GREATEST = 512, 32767  # steps of the activations; 512 keeps one float64 product exact
 _CREST: Final = 12.5  # of activations over weights: balances their two errors, see fix_weight
 
@@ -71,44 +73,52 @@ class FieldStream:
         if len(key) != 64:
             raise ValueError("a field stream needs a key of 64 bytes")
         self._key = key
-        self._zeros = bytes(4 * _PIECE + 16)
 
-    def fill(self, first: int, out: NDArray[np.uint32]) -> None:
-        """Elements ``first`` ... as contiguous ``uint32``, less than the prime."""
-        size = len(out)
-        for begin in range(0, size, _PIECE):
-            part = out[begin : begin + _PIECE]
-            self._words(0, first + begin, part)
+    def reader(self, first: int) -> Callable[[NDArray[np.uint32], int], NDArray[np.uint32]]:
+        """Elements from ``first`` on, one piece after the other.
+
+        The function that is returned takes memory and a number of elements, four less than
+        there is room for; it returns the next elements, which lie in that memory.
+        """
+        words = self._words(0, first)
+        at = first
+
+        def read(memory: NDArray[np.uint32], count: int) -> NDArray[np.uint32]:
+            nonlocal at
+            part = words(memory, count)
             if kernels().settle(part):
                 for where in np.flatnonzero(part == PRIME):
-                    part[where] = self._again(first + begin + int(where))
+                    part[where] = self._again(at + int(where))
+            at += count
+            return part
 
-    def _words(self, half: int, first: int, out: NDArray[np.uint32]) -> None:
+        return read
+
+    def _words(
+        self, half: int, first: int
+    ) -> Callable[[NDArray[np.uint32], int], NDArray[np.uint32]]:
+        """The keystream's words from ``first`` on, as :meth:`reader`."""
         block, skip = divmod(first, 4)
-        view = self._key.view()
-        try:
+        with self._key.view() as view:
             cipher = Cipher(
                 algorithms.AES(view[32 * half : 32 * half + 32]),
                 modes.CTR(block.to_bytes(16, "big")),
             )
             stream = cipher.encryptor()
-        finally:
-            view.release()
-        need = 4 * (skip + len(out))
-        if skip == 0 and need % 16 == 0 and len(out) > 64:
-            # all but the last block in place: the cipher wants 15 bytes of room
-            raw = memoryview(out.data).cast("B")
-            stream.update_into(self._zeros[: need - 16], raw)
-            raw[need - 16 :] = stream.update(bytes(16))
-            return
-        words = np.frombuffer(stream.update(bytes(need)), np.uint32)
-        out[:] = words[skip:]
+        stream.update(bytes(4 * skip))
+
+        def read(memory: NDArray[np.uint32], count: int) -> NDArray[np.uint32]:
+            # the cipher wants room for a block more
+            stream.update_into(_ZEROS[: 4 * count], memoryview(memory.data).cast("B"))
+            return memory[:count]
+
+        return read
 
     def _again(self, position: int) -> int:
         lap = 0
-        words = np.empty(4, np.uint32)
+        memory = np.empty(8, np.uint32)
         while True:  # a lap fails with probability 2^-124
-            self._words(1, 4 * (position + (lap << 64)), words)
+            words = self._words(1, 4 * (position + (lap << 64)))(memory, 4)
             for word in words & np.uint32(PRIME):
                 if word != PRIME:
                     return int(word)
@@ -116,9 +126,11 @@ class FieldStream:
 
     def tensor(self, first: int, shape: tuple[int, ...]) -> torch.Tensor:
         """Elements as an ``int32`` tensor."""
-        out = np.empty(math.prod(shape), np.uint32)
-        self.fill(first, out)
-        return torch.from_numpy(out.view(np.int32)).view(shape)
+        size = math.prod(shape)
+        memory, read = np.empty(size + 4, np.uint32), self.reader(first)
+        for begin in range(0, size, _PIECE):
+            read(memory[begin:], min(_PIECE, size - begin))
+        return torch.from_numpy(memory[:size].view(np.int32)).view(shape)
 
 
 # ---------------------------------------------------------------------- fixed point

@@ -4,7 +4,8 @@ With numba each pass reads and writes every element once, at about the speed of 
 it numpy gives the same numbers in several passes. All arrays are contiguous, one-dimensional
 pieces of tensors whose rows (samples) follow each other.
 
-``v + (P if v < 0)`` is written as a minimum of unsigned numbers, which wrap: no branches.
+``v + (P if v < 0)`` is written as a minimum of unsigned numbers, which wrap: no branches. Every
+element of a worker's answer is loaded once: it may be able to write it meanwhile.
 """
 
 from __future__ import annotations
@@ -23,12 +24,8 @@ __all__ = ["Kernels", "compiled_kernels", "kernels", "plain_kernels"]
 
 Array = NDArray[Any]
 _P: Final = np.uint32(PRIME)
-_HALF: Final = np.uint32(PRIME // 2)
 _P64: Final = np.uint64(PRIME)
 _SHIFT: Final = np.uint64(31)
-_TOP: Final = np.uint32(31)
-_ROUND: Final = np.float32(1.5 * 2**23)  # adding it rounds to the nearest even integer
-_MAGIC_BITS: Final = np.int32(np.float32(1.5 * 2**23).view(np.int32))
 
 
 class Kernels:
@@ -38,13 +35,19 @@ class Kernels:
         settle: ``(words)``: keep 31 bits of each; returns how many equal the prime, which are
             no field elements and have to be drawn again.
         peak: ``(x as int32 bits)``: the greatest magnitude's bits.
-        blind: ``(x, inverse, mask, z, row, first, sums, out)``: out = round(x inverse) + mask,
-            and for each row sums += <out, z>. ``inverse`` and ``sums`` have one entry a row of
-            ``row`` elements; the piece begins at element ``first``.
-        unblind: ``(y, correction, r, s, rows, scale, bias, space, first, sums, out)``: out =
-            lift(y - correction) rows scale + bias, and sums += <y, s x r>; returns whether some
-            y was no field element. ``r`` has ``space`` elements, ``s``, ``scale`` and ``bias``
-            one a channel, ``rows`` and ``sums`` one a row.
+        blind: ``(x, inverse, mask, z, row, first, sums, out, stream)``: out = round(x inverse) +
+            mask, and for each row sums += <out, z>. ``inverse`` and ``sums`` have one entry a
+            row of ``row`` elements; the piece begins at element ``first``.
+        unblind: ``(y, correction, r, s, rows, scale, bias, lowest, space, first, sums, out,
+            stream)``: out = max(lift(y - correction) rows scale + bias, lowest), and sums +=
+            <y, s x r>; returns whether some y was no field element. ``r`` has ``space``
+            elements, ``s``, ``scale`` and ``bias`` one a channel, ``rows`` and ``sums`` one a
+            row.
+
+        pool: ``(y, width, out)``: the greatest of each 2 x 2 window, side by side, of images of
+            even width and height; of no NaN.
+
+    With ``stream`` the result bypasses the cache where it can: for tensors that do not fit it.
     """
 
     def __init__(
@@ -53,8 +56,10 @@ class Kernels:
         peak: Callable[..., int],
         blind: Callable[..., None],
         unblind: Callable[..., bool],
+        pool: Callable[..., None],
     ) -> None:
         self.settle, self.peak, self.blind, self.unblind = settle, peak, blind, unblind
+        self.pool = pool
 
 
 # ---------------------------------------------------------------------- plain
@@ -86,7 +91,15 @@ def _pieces(first: int, size: int, unit: int) -> list[tuple[int, int, int]]:
 
 
 def _blind(
-    x: Array, inverse: Array, mask: Array, z: Array, row: int, first: int, sums: Array, out: Array
+    x: Array,
+    inverse: Array,
+    mask: Array,
+    z: Array,
+    row: int,
+    first: int,
+    sums: Array,
+    out: Array,
+    stream: bool,  # noqa: ARG001
 ) -> None:
     for number, begin, end in _pieces(first, len(x), row):
         at = first + begin - number * row
@@ -105,10 +118,12 @@ def _unblind(
     rows: Array,
     scale: Array,
     bias: Array,
+    lowest: np.float32,
     space: int,
     first: int,
     sums: Array,
     out: Array,
+    stream: bool,  # noqa: ARG001
 ) -> bool:
     channels = len(s)
     unsigned = y.view(np.uint32).copy()  # read once: a worker may be able to write it
@@ -124,136 +139,32 @@ def _unblind(
         value = (seen.astype(np.int64) - correction[begin:end]) % PRIME
         value[value > PRIME // 2] -= PRIME
         factor = rows[number] * scale
-        out[begin:end] = value.astype(np.float32) * factor[channel] + bias[channel]
+        real = value.astype(np.float32) * factor[channel] + bias[channel]
+        out[begin:end] = np.where(real < lowest, lowest, real)
     return bool((unsigned >= _P).any())
+
+
+def _pool(y: Array, width: int, out: Array) -> None:
+    y.reshape(-1, 2, width // 2, 2).max((1, 3), out=out.reshape(-1, width // 2))
 
 
 @cache
 def plain_kernels() -> Kernels:
     """With numpy alone."""
-    return Kernels(_settle, _peak, _blind, _unblind)
+    return Kernels(_settle, _peak, _blind, _unblind, _pool)
 
 
 # ---------------------------------------------------------------------- compiled
 
 
 @cache
-def compiled_kernels() -> Kernels:  # noqa: PLR0915 - kernels see each other as closures
-    """With numba; compiling takes about three seconds, once for each process.
+def compiled_kernels() -> Kernels:
+    """With numba; see :mod:`cenacle.offload.field_compiled`."""
+    from cenacle.offload.field_compiled import (  # noqa: PLC0415 - optional, slow to import
+        make_kernels,
+    )
 
-    Every element of ``y`` is loaded once: a worker may be able to write it meanwhile.
-    """
-    import numba  # noqa: PLC0415 - optional, and slow to import
-
-    fast: Any = numba.njit(nogil=True, error_model="numpy", boundscheck=False)
-
-    @fast
-    def settle(words):  # type: ignore[no-untyped-def]
-        bad = np.uint32(0)
-        for i in range(words.shape[0]):
-            v = words[i] & _P
-            words[i] = v
-            bad += np.uint32(v == _P)
-        return bad
-
-    @fast
-    def peak(bits):  # type: ignore[no-untyped-def]
-        top = np.int32(0)
-        for i in range(bits.shape[0]):
-            top = max(top, bits[i] & np.int32(0x7FFFFFFF))
-        return top
-
-    @fast
-    def blind_row(x, inverse, mask, z, out):  # type: ignore[no-untyped-def]
-        low, high = np.uint64(0), np.uint64(0)
-        for i in range(x.shape[0]):
-            moved = np.float32(x[i] * inverse) + _ROUND
-            q = np.int32(np.int32(moved) - np.int32(12582912))
-            v = np.uint32(np.uint32(q) + mask[i])
-            # q < 0 wraps around 2^32, unless the mask was greater
-            v = min(v, np.uint32(v + _P)) if q < 0 else min(v, np.uint32(v - _P))
-            out[i] = np.int32(v)
-            product = np.uint64(v) * np.uint64(z[i])
-            low += product & _P64
-            high += product >> _SHIFT
-        return (low % _P64 + high % _P64) % _P64
-
-    @fast
-    def blind(x, inverse, mask, z, row, first, sums, out):  # type: ignore[no-untyped-def]
-        begin, size = 0, x.shape[0]
-        while begin < size:
-            number = (first + begin) // row
-            end = min(size, (number + 1) * row - first)
-            at = first + begin - number * row
-            total = blind_row(
-                x[begin:end],
-                inverse[number],
-                mask[begin:end],
-                z[at : at + end - begin],
-                out[begin:end],
-            )
-            sums[number] = (sums[number] + total) % _P64
-            begin = end
-
-    @fast
-    def unblind_plane(y, correction, r, scale, bias, out):  # type: ignore[no-untyped-def]
-        low, high, bad = np.uint64(0), np.uint64(0), np.uint32(0)
-        for i in range(y.shape[0]):
-            seen = np.uint32(y[i])
-            bad |= np.uint32(seen >= _P)
-            product = np.uint64(seen) * np.uint64(r[i])
-            low += product & _P64
-            high += product >> _SHIFT
-            v = np.uint32(seen - np.uint32(correction[i]))
-            v = min(v, np.uint32(v + _P))
-            lifted = np.int32(v - _P) if v > _HALF else np.int32(v)
-            out[i] = np.float32(lifted) * scale + bias
-        return (low % _P64 + high % _P64) % _P64, bad
-
-    @fast
-    def unblind_vector(y, correction, s, r, row, scale, bias, out):  # type: ignore[no-untyped-def]
-        low, high, bad = np.uint64(0), np.uint64(0), np.uint32(0)
-        for i in range(y.shape[0]):
-            seen = np.uint32(y[i])
-            bad |= np.uint32(seen >= _P)
-            product = np.uint64(seen) * np.uint64(s[i])
-            low += product & _P64
-            high += product >> _SHIFT
-            v = np.uint32(seen - np.uint32(correction[i]))
-            v = min(v, np.uint32(v + _P))
-            lifted = np.int32(v - _P) if v > _HALF else np.int32(v)
-            out[i] = np.float32(lifted) * np.float32(row * scale[i]) + bias[i]
-        return ((low % _P64 + high % _P64) % _P64) * np.uint64(r) % _P64, bad
-
-    @fast
-    def unblind(y, correction, r, s, rows, scale, bias, space, first, sums, out):  # type: ignore[no-untyped-def]
-        begin, size, bad = 0, y.shape[0], np.uint32(0)
-        channels = s.shape[0]
-        unit = channels if space == 1 else space
-        while begin < size:
-            number = (first + begin) // unit
-            end = min(size, (number + 1) * unit - first)
-            at = first + begin - number * unit
-            past = at + end - begin
-            if space == 1:
-                row = number
-                total, wrong = unblind_vector(
-                    y[begin:end], correction[begin:end], s[at:past], r[0], rows[row],
-                    scale[at:past], bias[at:past], out[begin:end],
-                )  # fmt: skip
-            else:
-                row, channel = number // channels, number % channels
-                total, wrong = unblind_plane(
-                    y[begin:end], correction[begin:end], r[at:past],
-                    np.float32(rows[row] * scale[channel]), bias[channel], out[begin:end],
-                )  # fmt: skip
-                total = total * np.uint64(s[channel]) % _P64
-            bad |= wrong
-            sums[row] = (sums[row] + total) % _P64
-            begin = end
-        return bad != 0
-
-    return Kernels(settle, peak, blind, unblind)
+    return make_kernels()
 
 
 @cache

@@ -1,11 +1,9 @@
 """Masks that can be used once: made offline, kept sealed, and marked as used before they are.
 
-A mask R is a keystream, so only what R becomes under a layer's weight, the correction R W, is
-stored. A store is a folder:
+A store is a folder:
 
 ``masks-<generation>.sealed``
-    The corrections of all layers, in frames that are sealed with AES-256-GCM. Key: HKDF of the
-    store's key and the generation, a random number; nonce: the frame's place.
+    The corrections of all layers: a :class:`~cenacle.offload.mask_file.MaskFile`.
 ``ledger``
     The generation, how many units there are, how many are reserved, and a sequence number;
     sealed with AES-256-GCM, replaced atomically, and on the disk **before** any mask of the
@@ -29,64 +27,23 @@ import os
 import secrets
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Self
 
 import numpy as np
-import torch
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from numpy.typing import NDArray
 
-from cenacle.crypto import SecretBytes, derive_key
-from cenacle.errors import ConflictError, InputError, SealError, UnavailableError
-from cenacle.offload.field import FieldStream, piece
+from cenacle.crypto import SecretBytes
+from cenacle.errors import ConflictError, InputError, UnavailableError
+from cenacle.offload.field import piece
+from cenacle.offload.mask_file import Correct, MaskFile, MaskPlan
 from cenacle.offload.mask_ledger import MaskLedger, MonotonicCounter
-from cenacle.sealing.disk import AtomicFile, disk_errors, open_source, pread_into, pwrite_all
+from cenacle.sealing.disk import disk_errors
 
 __all__ = ["Correct", "Mask", "MaskPlan", "MaskStore", "MonotonicCounter"]
-
-_TAG: Final = 16
-
-
-@dataclass(frozen=True)
-class MaskPlan:
-    """What masks a layer needs.
-
-    Attributes:
-        name: the layer and the shape of its input's rows; unique.
-        x_size, y_size: elements of a row of its input and of its output.
-        rows: of one unit.
-        record: rows whose corrections are sealed together; divides ``rows``.
-        digest: of the weight and geometry that the corrections are for.
-    """
-
-    name: str
-    x_size: int
-    y_size: int
-    rows: int
-    record: int
-    digest: str
-
-    @property
-    def frames(self) -> int:
-        """Sealed frames of a record."""
-        return -(-self.record * self.y_size // piece())
-
-    def rounded(self, rows: int) -> int:
-        """Rows that are taken when ``rows`` are asked for: whole records."""
-        return -(-rows // self.record) * self.record
-
-    @property
-    def record_bytes(self) -> int:
-        return 4 * self.record * self.y_size + _TAG * self.frames
-
-
-Correct = Callable[[MaskPlan, torch.Tensor], torch.Tensor]
-"""The correction R W, (rows, y_size), for a mask R (rows, x_size); int32 field elements."""
 
 
 class Mask:
@@ -96,31 +53,38 @@ class Mask:
         rows: how many rows it masks.
     """
 
-    def __init__(self, store: MaskStore, layer: int, plan: MaskPlan, first: int, rows: int) -> None:
+    def __init__(
+        self, store: MaskStore, file: MaskFile, layer: int, plan: MaskPlan, first: int, rows: int
+    ) -> None:
         self.rows = rows
-        self._store, self._layer, self._plan, self._first = store, layer, plan, first
-        self._used = False
+        self._store, self._file, self._layer, self._plan = store, file, layer, plan
+        self._first, self._used = first, False
 
     def consume(self) -> Iterator[tuple[int, NDArray[np.uint32]]]:
         """The mask, in pieces: (first element, elements). A piece lasts until the next.
 
+        Each element comes once, not necessarily in order.
+
         Raises:
-            ConflictError: it was consumed before.
+            ConflictError: it was consumed before, or the store was filled anew.
         """
-        self._store.check_mine()
+        self._store.check_holds(self._file)
         if self._used:
             raise ConflictError("a mask was used already", remedy="take a new mask from the store")
         self._used = True
         return self._pieces()
 
     def _pieces(self) -> Iterator[tuple[int, NDArray[np.uint32]]]:
-        stream = self._store._stream(self._layer)
-        begin, size = self._first * self._plan.x_size, self.rows * self._plan.x_size
-        words = np.empty(min(piece(), size), np.uint32)
-        for at in range(0, size, piece()):
-            part = words[: min(piece(), size - at)]
-            stream.fill(begin + at, part)
-            yield at, part
+        stream, row = self._file.stream(self._layer), self._plan.x_size
+        begin, size, step = self._first * row, self.rows * row, piece() // 2
+        memory = np.empty(min(step, size) + 4, np.uint32)
+        # Large rows side by side: what belongs to a place in a row stays in the cache.
+        starts = range(0, size, row) if row > step else [0]
+        length = size // len(starts)
+        readers = [stream.reader(begin + start) for start in starts]
+        for at in range(0, length, step):
+            for start, read in zip(starts, readers, strict=True):
+                yield start + at, read(memory, min(step, length - at))
 
     def corrections(self, start: int, end: int) -> Iterator[tuple[int, NDArray[np.int32]]]:
         """R W for rows ``start`` to ``end`` of this mask: (first element, elements), in order.
@@ -129,7 +93,7 @@ class Mask:
         It may be asked for again, e.g. when a product is computed anew by another worker.
 
         Raises:
-            ConflictError: the mask was not consumed.
+            ConflictError: the mask was not consumed, or the store was filled anew.
             SealError: the stored corrections are damaged or forged.
         """
         if not self._used:
@@ -146,7 +110,8 @@ class Mask:
                 if until <= low or at >= high:
                     continue
                 found = scratch[: until - at]
-                self._store._frame(self._layer, record, frame, found)
+                self._store.check_holds(self._file)
+                self._file.read(self._layer, record, frame, found)
                 cut = found[max(0, low - at) : min(until, high) - at]
                 yield max(at, low) - base, cut
 
@@ -187,7 +152,7 @@ class MaskStore:
         self._key = SecretBytes.random() if key is None else key
         self._stride = stride
         self._guard, self._pid = threading.Lock(), os.getpid()
-        self._masks = -1
+        self._masks: MaskFile | None = None
         self._open = True
         self._reserved = 0
         self._forget()
@@ -254,7 +219,8 @@ class MaskStore:
                 self._write(self._generation, self.plans, self._count, reserved)
                 self._reserved = reserved
             self._next[layer] = past
-            return Mask(self, layer, plan, first, rows)
+            assert self._masks is not None
+            return Mask(self, self._masks, layer, plan, first, rows)
 
     def lacks(self, name: str, rows: int) -> bool:
         """Whether :meth:`take` would find too few masks for this layer."""
@@ -271,6 +237,15 @@ class MaskStore:
                 "a mask store cannot be used after it was closed, or in a forked process"
             )
 
+    def check_holds(self, masks: MaskFile) -> None:
+        """Raise :class:`ConflictError` if these are not the masks that the store has now."""
+        self.check_mine()
+        if masks is not self._masks:
+            raise ConflictError(
+                "a mask was given up when its store was filled anew",
+                remedy="take a new mask from the store",
+            )
+
     def fill(self, plans: Sequence[MaskPlan], count: int, correct: Correct) -> None:
         """Make masks for ``count`` units; whatever was left is given up.
 
@@ -283,26 +258,8 @@ class MaskStore:
             raise InputError("masks are made for one unit or more of distinct layers", found=count)
         with self._guard:
             generation = secrets.token_hex(16)
-            streams = [self._derive(generation, n, 64) for n in range(len(plans))]
-            cipher = self._cipher(generation)
             path = self._path(generation)
-            with AtomicFile(path, 0o600) as file, disk_errors("write the masks"):
-                offset = 0
-                for layer, plan in enumerate(plans):
-                    stream = FieldStream(streams[layer])
-                    for record in range(count * plan.rows // plan.record):
-                        first = record * plan.record * plan.x_size
-                        mask = stream.tensor(first, (plan.record, plan.x_size))
-                        values = correct(plan, mask).contiguous().numpy().reshape(-1)
-                        if values.size != plan.record * plan.y_size or values.dtype != np.int32:
-                            raise InputError("a correction has the wrong form", found=plan.name)
-                        for frame in range(plan.frames):
-                            part = values[frame * piece() : (frame + 1) * piece()]
-                            nonce = self._nonce(layer, record * plan.frames + frame)
-                            sealed = cipher.encrypt(nonce, memoryview(part.data).cast("B"), None)
-                            pwrite_all(file.fd, sealed, offset)
-                            offset += len(sealed)
-                file.commit()
+            MaskFile.write(path, self._key, generation, plans, count, correct)
             old = self._generation
             self._write(generation, plans, count, 0)
             self._use(generation, plans, count, 0)
@@ -356,12 +313,12 @@ class MaskStore:
                 with contextlib.suppress(OSError):
                     path.unlink()
 
-    # ------------------------------------------------------------------ files and keys
+    # ------------------------------------------------------------------ the masks
 
     def _forget(self) -> None:
-        if self._masks >= 0:
-            os.close(self._masks)
-        self._masks = -1
+        if self._masks is not None:
+            self._masks.close()
+        self._masks = None
         self._generation: str | None = None
         self.plans: tuple[MaskPlan, ...] = ()
         self._by_name: dict[str, int] = {}
@@ -369,55 +326,12 @@ class MaskStore:
         self._next: list[int] = []
 
     def _use(self, generation: str, plans: Sequence[MaskPlan], count: int, reserved: int) -> None:
-        masks = open_source(self._path(generation))
+        masks = MaskFile(self._path(generation), self._key, generation, plans, count)
         self._forget()
         self._masks, self._generation = masks, generation
         self.plans, self._count, self._reserved = tuple(plans), count, reserved
         self._by_name = {plan.name: n for n, plan in enumerate(plans)}
         self._next = [reserved * plan.rows for plan in plans]
-        self._streams = [self._derive(generation, n, 64) for n in range(len(plans))]
-        self._aead = self._cipher(generation)
-        self._offsets, offset = [], 0
-        for plan in plans:
-            self._offsets.append(offset)
-            offset += plan.record_bytes * (count * plan.rows // plan.record)
-        self._sealed = bytearray(4 * piece() + _TAG)
 
     def _path(self, generation: str) -> Path:
         return self.folder / f"masks-{generation}.sealed"
-
-    def _derive(self, generation: str, layer: int, length: int) -> SecretBytes:
-        context = (generation.encode(), layer.to_bytes(4, "big"))
-        return derive_key(self._key, "offload/mask", *context, length=length)
-
-    def _cipher(self, generation: str) -> AESGCM:
-        label = "offload/mask-corrections"
-        with derive_key(self._key, label, generation.encode()) as key, key.view() as view:
-            return AESGCM(view)
-
-    @staticmethod
-    def _nonce(layer: int, frame: int) -> bytes:
-        return layer.to_bytes(4, "big") + frame.to_bytes(8, "big")
-
-    def _stream(self, layer: int) -> FieldStream:
-        return FieldStream(self._streams[layer])
-
-    def _frame(self, layer: int, record: int, frame: int, out: NDArray[np.int32]) -> None:
-        """One frame's corrections."""
-        self.check_mine()
-        plan = self.plans[layer]
-        offset = self._offsets[layer] + record * plan.record_bytes
-        offset += frame * (4 * piece() + _TAG)
-        view = memoryview(self._sealed)[: out.nbytes + _TAG]
-        with disk_errors("read the masks"):
-            size = pread_into(self._masks, view, offset)
-        try:
-            # read into the enclave's memory first: the disk cannot change it any more
-            nonce = self._nonce(layer, record * plan.frames + frame)
-            self._aead.decrypt_into(nonce, view[:size], None, memoryview(out.data).cast("B"))
-        except (InvalidTag, ValueError):
-            raise SealError(
-                "stored masks are damaged or forged",
-                found=f"layer {plan.name}",
-                remedy="remove the store and prepare masks anew",
-            ) from None

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gzip
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
@@ -96,6 +100,48 @@ def test_training_reaches_the_same_accuracy() -> None:
             accuracies.append(float((model(x[1200:]).argmax(1) == y[1200:]).float().mean()))
     assert accuracies[0] > 0.85
     assert abs(accuracies[0] - accuracies[1]) <= 0.003
+
+
+def read_idx(path: Path) -> torch.Tensor:
+    raw = gzip.decompress(path.read_bytes())
+    shape = [int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(raw[3])]
+    return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=4 + 4 * len(shape)).copy()).view(
+        shape
+    )
+
+
+@pytest.mark.slow
+def test_training_on_mnist_reaches_the_same_accuracy(mnist: Path) -> None:
+    """One pass over 20,000 pictures, with the rate going down to nothing; all test pictures."""
+    x = read_idx(mnist / "train-images-idx3-ubyte.gz")[:20000].unsqueeze(1).float() / 255
+    y = read_idx(mnist / "train-labels-idx1-ubyte.gz")[:20000].long()
+    test = read_idx(mnist / "t10k-images-idx3-ubyte.gz").unsqueeze(1).float() / 255
+    labels = read_idx(mnist / "t10k-labels-idx1-ubyte.gz").long()
+    right = []
+    for hidden in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(1, 8, 5, 2, 2), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1), nn.ReLU(),
+            nn.Flatten(), nn.Linear(16 * 49, 10),
+        )  # fmt: skip
+        optimizer = torch.optim.Adam(model.parameters(), 2e-2)
+        parts = torch.split(torch.randperm(len(x)), 100)
+        rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(parts))
+        with contextlib.ExitStack() as stack:
+            if hidden:
+                session = stack.enter_context(offload(model, "masked-training", pair()))
+            for part in parts:
+                optimizer.zero_grad()
+                torch.autograd.backward(functional.cross_entropy(model(x[part]), y[part]))
+                optimizer.step()
+                rate.step()
+            if hidden:
+                assert not session.losses
+                assert not session.kept_inside
+        with torch.no_grad():
+            right.append(int((model(test).argmax(1) == labels).sum()))
+    assert right[0] > 9500
+    assert abs(right[0] - right[1]) <= 30, right  # 0.3 points
 
 
 def chi_square(values: torch.Tensor, bins: int = 32) -> float:

@@ -11,16 +11,14 @@ Trusted Hardware (ICLR 2019), section 3; the check is their preprocessed variant
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
+from torch.nn import functional
 
 from cenacle.accelerators.buffers import Buffers
 from cenacle.accelerators.operations import PRIME
@@ -28,49 +26,34 @@ from cenacle.accelerators.protocol import Operation
 from cenacle.crypto import SecretBytes
 from cenacle.documents.receipt import LeakageRecord
 from cenacle.errors import InputError, IntegrityError
-from cenacle.offload.field import FieldStream, FixedWeight, fix_weight, row_scales
+from cenacle.offload.field import FieldStream, fix_weight, row_scales
 from cenacle.offload.field_kernels import kernels
-from cenacle.offload.fleet import Fleet, Parcel
+from cenacle.offload.fleet import Fleet
 from cenacle.offload.maps import Product
 from cenacle.offload.mask_store import Mask, MaskPlan, MaskStore
-from cenacle.offload.schemes.base import Gradients, Needs, Scheme, Site, add_bias, register
+from cenacle.offload.schemes.base import (
+    Fused,
+    Gradients,
+    Needs,
+    Scheme,
+    Site,
+    add_bias,
+    register,
+)
+from cenacle.offload.schemes.masked_layers import (
+    Check,
+    Layer,
+    Traced,
+    digest_of,
+    plan_for,
+    product_of,
+)
 
 __all__ = ["Masked"]
 
+_LOWEST: Final = np.float32(-np.inf)
+_CACHED: Final = 8 << 20  # bytes; a larger tensor is not in the cache when it is read again
 _WIDE: Final = 2**36  # sums of weights above this need limbs in the check's preparation
-
-
-@dataclass
-class _Check:
-    """Freivalds' check of one sample's product: <Y, s x r> = <X, z> with z = W^T (s x r).
-
-    The vectors are secret and uniform, so a wrong Y passes with probability 2 / p.
-    """
-
-    r: NDArray[np.uint32]
-    s: NDArray[np.uint32]
-    z: NDArray[np.uint32]
-    shape: tuple[int, ...]  # of one row of y
-
-
-@dataclass
-class _Layer:
-    """One weight, at one version."""
-
-    key: tuple[int, int]
-    fixed: FixedWeight
-    weight: Parcel
-    checks: dict[tuple[int, ...], _Check] = field(default_factory=dict)
-
-
-@dataclass
-class _Traced:
-    """What a layer was asked for while masks are being prepared."""
-
-    site: Site
-    shape: tuple[int, ...]
-    layer: _Layer
-    rows: list[int] = field(default_factory=list)
 
 
 @register
@@ -85,6 +68,8 @@ class Masked(Scheme):
     """
 
     name: ClassVar[str] = "masked"
+    fuses_relu: ClassVar[bool] = True
+    fuses_pool: ClassVar[bool] = True
     keeps_input: ClassVar[bool] = False
     verified: ClassVar[bool] = False  # it checks while it unmasks
 
@@ -93,8 +78,8 @@ class Masked(Scheme):
         self._given, self._store = store, store
         self._refill = refill
         self._model: nn.Module | None = None
-        self._layers: dict[str, _Layer] = {}
-        self._known: dict[str, _Traced] = {}
+        self._layers: dict[str, Layer] = {}
+        self._known: dict[str, Traced] = {}
         self._tracing = False
         self._buffers = Buffers()
         self._secrets = SecretBytes.random(64)
@@ -169,7 +154,7 @@ class Masked(Scheme):
         self._fill(samples, count)
 
     def _fill(self, samples: int, count: int) -> None:
-        plans = [_plan(name, one, samples) for name, one in self._known.items() if one.rows]
+        plans = [plan_for(name, one, samples) for name, one in self._known.items() if one.rows]
         if not plans:
             raise InputError("the model has no layer that the scheme masked can send")
         for one in self._known.values():
@@ -181,60 +166,96 @@ class Masked(Scheme):
     def _correct(self, plan: MaskPlan, mask: torch.Tensor) -> torch.Tensor:
         traced = self._known[plan.name]
         rows = mask.view(-1, *traced.shape)
-        return _product(traced.site).compute(rows, traced.layer.fixed.values).flatten(1)
+        return product_of(traced.site).compute(rows, traced.layer.fixed.values).flatten(1)
 
     # ------------------------------------------------------------------ online
 
     def forward(
         self, site: Site, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None
     ) -> tuple[torch.Tensor, Any]:
+        return self._forward(site, x, w, bias, _LOWEST)
+
+    def forward_relu(
+        self, site: Site, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None
+    ) -> tuple[torch.Tensor, Any]:
+        return self._forward(site, x, w, bias, np.float32(0))
+
+    def forward_fused(
+        self,
+        site: Site,
+        x: torch.Tensor,
+        w: torch.Tensor,
+        bias: torch.Tensor | None,
+        pool: int | None,
+    ) -> tuple[torch.Tensor, Any, Any]:
+        y, saved = self.forward_relu(site, x, w, bias)
+        if pool is None:
+            return y, None, saved  # no gradient is ever asked for
+        if y.dtype != torch.float32 or not y.is_contiguous():
+            return functional.max_pool2d(y, 2), None, saved
+        small = self._buffers.empty((*y.shape[:2], y.shape[2] // 2, pool // 2))
+        kernels().pool(y.detach().view(-1).numpy(), pool, small.view(-1).numpy())
+        return small, None, saved
+
+    def _forward(
+        self,
+        site: Site,
+        x: torch.Tensor,
+        w: torch.Tensor,
+        bias: torch.Tensor | None,
+        lowest: np.float32,
+    ) -> tuple[torch.Tensor, Any]:
+        """max(B(x, w) + bias, lowest)."""
         if not site.weight or not len(x):
             if not site.weight:
                 self.stays(f"{site.name}, a product without a weight of the model,")
-            return add_bias(site.map.forward().compute(x, w), bias), None
+            return _inside(site, x, w, bias, lowest), None
         layer = self._layer(site, w)
         shape = tuple(x.shape[1:])
         name = f"{site.name} {'x'.join(map(str, shape))}"
-        traced = self._known.setdefault(name, _Traced(site, shape, layer))
+        traced = self._known.setdefault(name, Traced(site, shape, layer))
         traced.layer = layer
         if self._tracing:
             traced.rows.append(len(x))
-            return add_bias(site.map.forward().compute(x, w), bias), None
+            return _inside(site, x, w, bias, lowest), None
         check = layer.checks.get(shape)
         if check is None:
             check = layer.checks[shape] = self._check(site, layer, shape)
         plain = x.detach().to(torch.float32).contiguous()
-        y = self._masked(site, name, layer, check, plain, bias)
+        y = self._masked(site, name, layer, check, plain, bias, lowest)
         return y.to(x.dtype), None
 
     def _masked(
         self,
         site: Site,
         name: str,
-        layer: _Layer,
-        check: _Check,
+        layer: Layer,
+        check: Check,
         x: torch.Tensor,
         bias: torch.Tensor | None,
+        lowest: np.float32,
     ) -> torch.Tensor:
         rows, fixed = len(x), layer.fixed
         flat = x.view(rows, -1)
         inverse, back = row_scales(flat, fixed.steps)
-        mask = self._take(name, rows, _digest(fixed, x.shape[1:]))
+        mask = self._take(name, rows, digest_of(fixed, x.shape[1:]))
         sent = self.fleet.empty(*x.shape, dtype=torch.int32)
         source, target = flat.view(-1).numpy(), sent.view(-1).numpy()
         expected = np.zeros(rows, np.uint64)
-        passes, row = kernels(), flat.shape[1]
+        passes, row, past = kernels(), flat.shape[1], sent.nbytes > _CACHED
         for at, words in mask.consume():
             piece = slice(at, at + len(words))
-            passes.blind(source[piece], inverse, words, check.z, row, at, expected, target[piece])
+            passes.blind(
+                source[piece], inverse, words, check.z, row, at, expected, target[piece], past
+            )
         parcel = self.fleet.send(sent, site.role, site.name)
-        job = self.fleet.product(_product(site), parcel, layer.weight, site=site.name)
+        job = self.fleet.product(product_of(site), parcel, layer.weight, site=site.name)
 
         y = self._buffers.empty((rows, *check.shape))
         result = y.view(rows, -1).numpy()
         scale = fixed.scale.numpy()
         offset = np.zeros_like(scale) if bias is None else bias.detach().float().numpy()
-        space, size = len(check.r), result.shape[1]
+        space, size, past = len(check.r), result.shape[1], y.nbytes > _CACHED
 
         def unmask(part: slice, found: torch.Tensor) -> None:
             if found.dtype != torch.int32 or found.numel() != size * (part.stop - part.start):
@@ -248,7 +269,7 @@ class Masked(Scheme):
                 piece = slice(start, start + len(correction))
                 outside |= passes.unblind(
                     values[piece], correction, check.r, check.s, factors, scale, offset,
-                    space, start, seen, out[piece],
+                    lowest, space, start, seen, out[piece], past,
                 )  # fmt: skip
             if outside or not np.array_equal(seen, expected[part]):
                 raise IntegrityError(
@@ -274,6 +295,18 @@ class Masked(Scheme):
             remedy="train under the scheme masked-training",
         )
 
+    def backward_fused(
+        self,
+        site: Site,
+        saved: Any,
+        gy: torch.Tensor,
+        fused: Fused,  # noqa: ARG002
+        x: torch.Tensor | None,
+        w: torch.Tensor,
+        needs: Needs,
+    ) -> Gradients:
+        return self.backward(site, saved, gy, x, w, needs)
+
     # ------------------------------------------------------------------ parts
 
     def _take(self, name: str, rows: int, digest: str) -> Mask:
@@ -281,16 +314,16 @@ class Masked(Scheme):
             self._fill(self._samples, self._refill)
         return self.store.take(name, rows, digest)
 
-    def _layer(self, site: Site, w: torch.Tensor) -> _Layer:
+    def _layer(self, site: Site, w: torch.Tensor) -> Layer:
         """Quantised and sent once for each of its values."""
         known = self._layers.get(site.name)
         if known is None or known.key != site.key:
             fixed = fix_weight(w, site.map)
-            known = _Layer(site.key, fixed, self.fleet.send(fixed.values, "weights", site.name))
+            known = Layer(site.key, fixed, self.fleet.send(fixed.values, "weights", site.name))
             self._layers[site.name] = known
         return known
 
-    def _check(self, site: Site, layer: _Layer, shape: tuple[int, ...]) -> _Check:
+    def _check(self, site: Site, layer: Layer, shape: tuple[int, ...]) -> Check:
         weight = layer.fixed.values
         one = torch.empty((1, *shape), device="meta", dtype=torch.float64)
         form = tuple(site.map.forward().compute(one, weight.to("meta", torch.float64)).shape[1:])
@@ -302,34 +335,18 @@ class Masked(Scheme):
         transposed = Product(Operation(f"{forward.name}_mod", attributes), (True, False))
         z = transposed.compute(vector.view(1, *form), weight).view(-1)
         words = [t.contiguous().numpy().view(np.uint32) for t in (r, s, z)]
-        return _Check(words[0], words[1], words[2], form)
+        return Check(words[0], words[1], words[2], form)
 
     def _draw(self, count: int) -> torch.Tensor:
         first, self._drawn = self._drawn, self._drawn + count
         return FieldStream(self._secrets).tensor(first, (count,))
 
 
-def _product(site: Site) -> Product:
-    """The layer's forward map, in the field."""
-    plain = site.map.forward()
-    operation = Operation(f"{plain.operation.name}_mod", plain.operation.attributes)
-    return Product(operation, plain.rows, plain.reduce)
-
-
-def _digest(fixed: FixedWeight, shape: tuple[int, ...]) -> str:
-    return hashlib.sha256(fixed.digest + repr(tuple(shape)).encode()).hexdigest()
-
-
-def _plan(name: str, traced: _Traced, samples: int) -> MaskPlan:
-    """Masks for one sample: all rows that a sample makes of this layer, sealed call by call."""
-    even = all(rows % samples == 0 for rows in traced.rows)
-    rows = -(-sum(traced.rows) // samples)
-    record = math.gcd(*(r // samples for r in traced.rows)) if even else 1
-    one = torch.empty((1, *traced.shape), device="meta", dtype=torch.float64)
-    weight = traced.layer.fixed.values.to("meta", torch.float64)
-    size = traced.site.map.forward().compute(one, weight).numel()
-    digest = _digest(traced.layer.fixed, traced.shape)
-    return MaskPlan(name, math.prod(traced.shape), size, rows, record, digest)
+def _inside(
+    site: Site, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, lowest: np.float32
+) -> torch.Tensor:
+    y = add_bias(site.map.forward().compute(x, w), bias)
+    return y if lowest == _LOWEST else y.clamp_min_(float(lowest))
 
 
 def _run(model: nn.Module, example: Any) -> int:
