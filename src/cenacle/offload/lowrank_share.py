@@ -1,12 +1,14 @@
 """What the enclave itself computes of a layer whose input was split into Q V and a residual.
 
 Shares never read the residual: y = B(R, w) + B(Q V, w) + bias, where the first term comes from
-accelerators and the rest is added while their result is read, in one pass. The gradient of the
-weight is dw = dw_R + dw_QV, and is put together here, where nobody else sees it.
+accelerators and the rest is added while their result is read, in one pass, with the ReLU that
+may follow. The gradient of the weight is dw = dw_R + dw_QV, and is put together here, where
+nobody else sees it.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import Final
 
@@ -46,8 +48,11 @@ class Share(ABC):
         """
 
     @abstractmethod
-    def add(self, part: torch.Tensor, start: int, y: torch.Tensor) -> None:
-        """y[start:...] = part + share: every element of ``part`` is read once."""
+    def add(self, part: torch.Tensor, start: int, y: torch.Tensor, *, relu: bool = False) -> None:
+        """y[start:...] = part + share: every element of ``part`` is read once.
+
+        ``relu``: what is below zero becomes zero at last.
+        """
 
     @abstractmethod
     def gather(self, gy: torch.Tensor) -> None:
@@ -56,10 +61,6 @@ class Share(ABC):
     @abstractmethod
     def weight_gradient(self, residual: torch.Tensor) -> torch.Tensor:
         """dw from accelerators' part of it, in place; after :meth:`gather`."""
-
-    @abstractmethod
-    def bias_gradient(self) -> torch.Tensor:
-        """A by-product of :meth:`gather`."""
 
 
 class ConvolutionShare(Share):
@@ -94,13 +95,13 @@ class ConvolutionShare(Share):
         target = residual.view(planes.shape)
         for b in range(batch):
             inner = self._windows.inner(self._factors[b])
-            project(planes[b], self._of(b), target[b], inner)
+            project(planes[b], self._of(b), target[b], inner, scratch)
 
     def _of(self, b: int) -> torch.Tensor:
         return self._basis[b if len(self._basis) > 1 else 0]
 
     def _unfolded(self, b: int, start: int, end: int) -> torch.Tensor:
-        """V's windows and a row of ones: (taps * rank + 1, positions)."""
+        """V's windows and a row of ones, for the bias: (taps * rank + 1, positions)."""
         size = self._windows.taps * self._rank
         columns = (end - start) * self._windows.out[1]
         into = self._scratch.take("windows", size + 1, columns, dtype=self._factors.dtype)
@@ -112,7 +113,7 @@ class ConvolutionShare(Share):
         out, taps, _ = w.shape
         folded = fold(w, self._basis, self._groups)
         bases = len(self._basis)
-        self._correlate = self._windows.compiled(out, w.dtype)
+        self._correlate = self._windows.correlation(out, w.dtype)
         if self._correlate is not None:
             self._bias = w.new_zeros(out) if bias is None else bias.detach().contiguous()
             self._kernels = w.new_empty(bases, out // 4, self._rank, taps, 4)
@@ -124,7 +125,8 @@ class ConvolutionShare(Share):
             self._kernels[:, :, :-1].view(bases, out, taps, self._rank).copy_(folded)
             self._kernels[:, :, -1] = 0 if bias is None else bias
 
-    def add(self, part: torch.Tensor, start: int, y: torch.Tensor) -> None:
+    def add(self, part: torch.Tensor, start: int, y: torch.Tensor, *, relu: bool = False) -> None:
+        lowest = 0.0 if relu else -math.inf
         for i in range(len(part)):
             kernels = self._kernels[(start + i) % len(self._kernels)]
             if self._correlate is not None:
@@ -135,11 +137,14 @@ class ConvolutionShare(Share):
                     self._bias.numpy(),
                     part[i].contiguous().view(planes).numpy(),
                     y[start + i].view(planes).numpy(),
+                    lowest,
                 )
             else:
-                self._multiply(start + i, kernels, part[i], y[start + i])
+                self._multiply(start + i, kernels, part[i], y[start + i], relu=relu)
 
-    def _multiply(self, b: int, kernels: torch.Tensor, part: torch.Tensor, y: torch.Tensor) -> None:
+    def _multiply(
+        self, b: int, kernels: torch.Tensor, part: torch.Tensor, y: torch.Tensor, *, relu: bool
+    ) -> None:
         """One sample of :meth:`add` as products of matrices."""
         (height, width), out = self._windows.out, len(y)
         rows = self._windows.rows(out, self._rank)
@@ -148,31 +153,45 @@ class ConvolutionShare(Share):
             end = min(top + rows, height)
             block = slice(top * width, end * width)
             torch.addmm(theirs[:, block], kernels, self._unfolded(b, top, end), out=ours[:, block])
+            if relu:
+                ours[:, block].clamp_min_(0)
 
     def gather(self, gy: torch.Tensor) -> None:
+        batch, out = gy.shape[:2]
+        taps, bases, rank = self._windows.taps, len(self._basis), self._rank
+        compiled = self._windows.gathering(out, gy.dtype)
+        if compiled is not None:
+            side = self._windows.kernel[0]
+            sums = self._scratch.take("sums", bases, out // 4, rank, side, 4, side, dtype=gy.dtype)
+            sums.zero_()
+            for b in range(batch):
+                planes = gy[b].view(out, *self._windows.out)
+                compiled(self._factors[b].numpy(), planes.numpy(), sums[b % bases].numpy())
+            ordered = sums.permute(1, 4, 3, 5, 0, 2)
+        else:
+            ordered = self._gather_unfolded(gy).permute(1, 2, 0, 3)
+        self._gathered = ordered.reshape(out, taps, bases * rank)
+
+    def _gather_unfolded(self, gy: torch.Tensor) -> torch.Tensor:
+        """:meth:`gather` as products of matrices: (bases, out, taps, rank)."""
         batch, out = gy.shape[:2]
         taps, width = self._windows.taps, self._windows.out[1]
         rows = self._windows.rows(out, self._rank)
         bases = len(self._basis)
-        found = gy.new_zeros(bases, out, taps * self._rank + 1)
+        found = gy.new_zeros(bases, out, taps * self._rank)
         for b in range(batch):
             own, flat = found[b % bases], gy[b].view(out, -1)
             for top in range(0, self._windows.out[0], rows):
                 end = min(top + rows, self._windows.out[0])
-                unfolded = self._unfolded(b, top, end)
+                unfolded = self._unfolded(b, top, end)[:-1]
                 own.addmm_(flat[:, top * width : end * width], unfolded.t())
-        self._bias_gradient = found[:, :, -1].sum(0)
-        gathered = found[:, :, :-1].view(bases, out, taps, self._rank).permute(1, 2, 0, 3)
-        self._gathered = gathered.reshape(out, taps, bases * self._rank)
+        return found.view(bases, out, taps, self._rank)
 
     def weight_gradient(self, residual: torch.Tensor) -> torch.Tensor:
         out, width = residual.shape[:2]
         into = residual.view(out, width, self._windows.taps)
         unfold_gradient(self._gathered, self._basis, self._groups, self._scratch, into)
         return residual
-
-    def bias_gradient(self) -> torch.Tensor:
-        return self._bias_gradient
 
 
 class DenseShare(Share):
@@ -206,18 +225,17 @@ class DenseShare(Share):
         self._kernels[:, :-1] = torch.mm(w, self._basis)
         self._kernels[:, -1] = 0 if bias is None else bias
 
-    def add(self, part: torch.Tensor, start: int, y: torch.Tensor) -> None:
+    def add(self, part: torch.Tensor, start: int, y: torch.Tensor, *, relu: bool = False) -> None:
         step = max(1, _BLOCK // y.shape[1])
         for row in range(0, part.shape[0], step):
             theirs = part[row : row + step]
             own = slice(start + row, start + row + len(theirs))
             torch.addmm(theirs, self._factors[own], self._kernels.t(), out=y[own])
+            if relu:
+                y[own].clamp_min_(0)
 
     def gather(self, gy: torch.Tensor) -> None:
-        self._gathered = torch.mm(gy.t(), self._factors)
+        self._gathered = torch.mm(gy.t(), self._factors[:, :-1])
 
     def weight_gradient(self, residual: torch.Tensor) -> torch.Tensor:
-        return residual.addmm_(self._gathered[:, :-1], self._basis.t())
-
-    def bias_gradient(self) -> torch.Tensor:
-        return self._gathered[:, -1].clone()
+        return residual.addmm_(self._gathered, self._basis.t())

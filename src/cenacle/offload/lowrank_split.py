@@ -42,7 +42,11 @@ _SUBSET: Final = 1024
 _BLOCK: Final = 1 << 18
 """Elements of a block of X, and of what is computed from it at once."""
 _NARROWEST: Final = 16
-"""Narrower outputs are left to products of matrices."""
+"""Numbers in a vector; narrower outputs are left to products of matrices."""
+_LARGEST: Final = 7
+"""Side of a kernel up to which the correlation is compiled."""
+_GATHERED: Final = 3
+"""As _LARGEST, for the gradient: sums of a larger kernel would not stay in registers."""
 
 
 class Scratch:
@@ -130,7 +134,11 @@ def _up(count: int, step: int) -> int:
 
 
 def project(
-    x: torch.Tensor, basis: torch.Tensor, residual: torch.Tensor, factors: torch.Tensor
+    x: torch.Tensor,
+    basis: torch.Tensor,
+    residual: torch.Tensor,
+    factors: torch.Tensor,
+    scratch: Scratch,
 ) -> None:
     """One sample: write V = Q^T X into ``factors`` and R = X - Q V into ``residual``.
 
@@ -140,6 +148,10 @@ def project(
         factors: (rank, height, width), any strides.
     """
     channels, height, width = x.shape
+    module = compiled_kernels() if x.dtype == torch.float32 else None
+    if module is not None and channels % 4 == 0 and height * width >= _NARROWEST:
+        _project_compiled(module, x, basis, residual, factors, scratch)
+        return
     rows = min(height, max(1, _BLOCK // (channels * width)))
     flat, rest = x.view(channels, -1), residual.view(channels, -1)
     for start in range(0, height, rows):
@@ -149,6 +161,31 @@ def project(
         # Not addmm(out=): it would first copy X itself to where workers can read it.
         torch.sub(flat[:, columns], torch.mm(basis, along), out=rest[:, columns])
         factors[:, start:end].copy_(along.view(-1, end - start, width))
+
+
+def _project_compiled(
+    module: Any,
+    x: torch.Tensor,
+    basis: torch.Tensor,
+    residual: torch.Tensor,
+    factors: torch.Tensor,
+    scratch: Scratch,
+) -> None:
+    (channels, rank), positions = basis.shape, x[0].numel()
+    fours = _up(rank, 4)
+    wide = scratch.take("basis", channels, fours, dtype=x.dtype)
+    wide[:, :rank], wide[:, rank:] = basis, 0
+    along = scratch.take("along", fours // 4, channels, 1, 4, dtype=x.dtype)
+    along.view(-1, channels, 4).copy_(wide.view(channels, -1, 4).transpose(0, 1))
+    across = scratch.take("across", channels // 4, fours, 1, 4, dtype=x.dtype)
+    across.view(-1, fours, 4).copy_(wide.view(-1, 4, fours).mT).neg_()
+    found = scratch.take("factors", fours, positions, dtype=x.dtype)
+    rest = residual.view(channels, -1)
+    stream = positions % 16 == 0 and rest.data_ptr() % 64 == 0
+    module.project(stream=stream)(
+        x.view(channels, -1).numpy(), along.numpy(), across.numpy(), found.numpy(), rest.numpy()
+    )
+    factors.copy_(found[:rank].view(factors.shape))
 
 
 def turn(w: torch.Tensor) -> torch.Tensor:
@@ -221,23 +258,35 @@ class Windows:
         return self.kernel[0] * self.kernel[1]
 
     def padded(self, batch: int, rank: int, dtype: torch.dtype) -> torch.Tensor:
-        """Zeros (batch, rank, height + 2 padding, width + 2 padding)."""
+        """Zeros (batch, rank, height + 2 padding, width + 2 padding); 16 more lie behind them."""
         height, width = (s + 2 * p for s, p in zip(self.size, self.padding, strict=True))
-        return torch.zeros(batch, rank, height, width, dtype=dtype)
+        memory = torch.zeros(batch * rank * height * width + _NARROWEST, dtype=dtype)
+        return memory[:-_NARROWEST].view(batch, rank, height, width)
 
     def inner(self, padded: torch.Tensor) -> torch.Tensor:
         """Of one padded V (rank, ...): what is not padding."""
         (top, left), (height, width) = self.padding, self.size
         return padded[:, top : top + height, left : left + width]
 
-    def compiled(self, out: int, dtype: torch.dtype) -> Any:
+    def correlation(self, out: int, dtype: torch.dtype) -> Any:
         """The compiled correlation for these windows, or None: then :meth:`unfold` them."""
-        module = compiled_kernels() if dtype == torch.float32 else None
-        if module is None or out % 4 or self.kernel[0] != self.kernel[1]:
+        if self.out[1] < _NARROWEST:
             return None
-        if self.stride != (1, 1) or self.dilation != (1, 1) or self.out[1] < _NARROWEST:
+        module = self._module(out, dtype)
+        return None if module is None else module.correlate(self.kernel[0])
+
+    def gathering(self, out: int, dtype: torch.dtype) -> Any:
+        """The compiled gradient for these windows, or None."""
+        if self.out[1] < _NARROWEST // 2 or self.kernel[0] > _GATHERED:
             return None
-        return module.correlate(self.kernel[0])
+        module = self._module(out, dtype)
+        return None if module is None else module.gather(self.kernel[0])
+
+    def _module(self, out: int, dtype: torch.dtype) -> Any:
+        fits = out % 4 == 0 and self.kernel[0] == self.kernel[1] <= _LARGEST
+        if not fits or self.stride != (1, 1) or self.dilation != (1, 1):
+            return None
+        return compiled_kernels() if dtype == torch.float32 else None
 
     def rows(self, channels: int, rank: int) -> int:
         """How many rows of the output to compute at once."""

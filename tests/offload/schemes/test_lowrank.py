@@ -376,8 +376,8 @@ class TestModels:
     def test_record(self) -> None:
         guarded, open_ = LowRank().leakage, LowRank(guard=None).leakage
         assert (guarded.inputs, guarded.activations, guarded.weights) == (
-            "partial",
-            "partial",
+            "obfuscated",
+            "obfuscated",
             "plaintext",
         )
         assert (guarded.gradients, guarded.labels) == ("plaintext", "plaintext")
@@ -435,13 +435,6 @@ class TestAttacks:
         # 2 * 10 * 10 positions, 64 * 9 equations for each channel
         x, record = self.victim(None, 10)
         assert relative(self.solved(record, 10), x) < 1e-9
-
-    def test_too_few_equations_give_a_part(self) -> None:
-        # 2 * 24 * 24 positions: the guard's default is just met
-        x, record = self.victim(0.5, 24)
-        seen = put(record, "activations")[0]
-        error, blind = relative(self.solved(record, 24), x), relative(seen, x)
-        assert 0.4 < error < blind
 
     def test_guarded_layer_is_never_seen_in_training(self) -> None:
         _, record = self.victim(0.5, 10)

@@ -13,7 +13,6 @@ Sources: Niu, Ali and Avestimehr, "3LegRace" (PETS 2022) and "AsymML" (2022).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Literal
@@ -25,6 +24,9 @@ from cenacle.accelerators.buffers import Buffers
 from cenacle.documents.receipt import LeakageRecord
 from cenacle.errors import InputError
 from cenacle.offload.fleet import Fleet, Job, Parcel, Role
+from cenacle.offload.lowrank_gate import gated_copy
+from cenacle.offload.lowrank_guard import determined_share, leakage_record
+from cenacle.offload.lowrank_inside import FewRows
 from cenacle.offload.lowrank_noise import ResidualNoise
 from cenacle.offload.lowrank_share import ConvolutionShare, DenseShare, Share
 from cenacle.offload.lowrank_split import Scratch, turn
@@ -95,9 +97,10 @@ class LowRank(Scheme):
         rounds: of subspace iteration for each split; 2 leave at most about 15 % more energy in
             residuals than the best split of that rank.
         guard: the largest share of a layer's hidden part that the linear equations
-            "dW - dW_U = grad(X_T, dY)" may determine, where accelerators learn the whole dW
-            from two versions of a plain weight. A layer that exceeds it stays inside once it
-            learns. ``None``: no limit; then the record calls inputs and activations plaintext.
+            "dW - dW_U = grad(Q V, dY)" of one step may determine, where accelerators learn the
+            whole dW from two versions of a plain weight, and Q from the residual. A layer that
+            exceeds it stays inside once it learns. ``None``: no limit; then the record calls
+            inputs and activations plaintext.
         noise: ``(epsilon, delta, clip)``: clip each residual to a Frobenius norm of ``clip``
             and add Gaussian noise, (epsilon, delta)-private for one release; see
             :class:`~cenacle.offload.lowrank_noise.ResidualNoise`. Results are approximate
@@ -108,6 +111,7 @@ class LowRank(Scheme):
     """
 
     name: ClassVar[str] = "lowrank"
+    fuses_relu: ClassVar[bool] = True
     keeps_input: ClassVar[bool] = False
 
     def __init__(
@@ -143,41 +147,12 @@ class LowRank(Scheme):
         self._weights: dict[str, tuple[tuple[int, int], Parcel, torch.Tensor]] = {}
         self._scratch = Scratch()
         self._buffers = Buffers()
+        self._few = FewRows(self._buffers)
         self._model: nn.Module | None = None
 
     @property
     def leakage(self) -> LeakageRecord:
-        seen: Literal["partial", "plaintext"] = "plaintext" if self.guard is None else "partial"
-        if self.guard is None:
-            solved = (
-                "No layer is guarded: where the samples' positions are no more than output "
-                "channels times kernel size, linear equations give the hidden part exactly."
-            )
-        else:
-            solved = (
-                f"Linear equations in them determine at most {self.guard:.0%} of a layer's hidden "
-                "part; layers that would exceed this are trained inside."
-            )
-        note = (
-            "Accelerators see each input less its part of low rank: of the model's own inputs, "
-            "less its first cosine components over the channels, always the same ones; of "
-            "activations, less each sample's main directions. Several views of one sample give "
-            "more of its activations away. Weights, gradients of outputs and of inputs and dW_U "
-            "are in the open, so the whole dW follows from two versions of a weight. "
-            f"{solved} Labels follow from gradients in training. Products of two activations, "
-            "depthwise convolutions and dense layers of few rows stay inside."
-        )
-        if self.noise is not None:
-            note += " " + self.noise.describe()
-        return LeakageRecord(
-            scheme=self.name,
-            inputs=seen,
-            weights="plaintext",
-            activations=seen,
-            gradients="plaintext",
-            labels="plaintext",
-            note=note,
-        )
+        return leakage_record(self.name, self.guard, self.noise)
 
     def attach(self, fleet: Fleet, model: nn.Module) -> None:
         super().attach(fleet, model)
@@ -201,12 +176,31 @@ class LowRank(Scheme):
     def forward(
         self, site: Site, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None
     ) -> tuple[torch.Tensor, Any]:
+        return self._forward(site, x, w, bias, relu=False)
+
+    def forward_relu(
+        self, site: Site, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None
+    ) -> tuple[torch.Tensor, Any]:
+        return self._forward(site, x, w, bias, relu=True)
+
+    def _forward(
+        self,
+        site: Site,
+        x: torch.Tensor,
+        w: torch.Tensor,
+        bias: torch.Tensor | None,
+        *,
+        relu: bool,
+    ) -> tuple[torch.Tensor, Any]:
         rank = self.rank(site, x, w)
-        guarded = rank > 0 and w.requires_grad and self._determined(site, x, w)
+        guarded = rank > 0 and w.requires_grad and self._determined(site, x, w, rank)
         if guarded and self._model is not None and self._model.training:
             self._guarded.add(site.name)
         if rank == 0 or site.name in self._guarded:
-            return add_bias(site.map.forward().compute(x, w), bias), _Inside.of(x)
+            few = isinstance(site.map, Dense) and self._few.fits(x, w)
+            y = self._few.forward(x, w) if few else site.map.forward().compute(x, w)
+            y = add_bias(y, bias)
+            return y.clamp_min_(0) if relu else y, _Inside.of(x)
         kept = _Inside.of(x) if guarded else None
         share = self._split(site, x.contiguous(), w, rank)
         if self.noise is not None:
@@ -216,7 +210,7 @@ class LowRank(Scheme):
         job = self.fleet.product(site.map.forward(), sent, weight, site=site.name)
         share.prepare(turned, bias)
         y = self._buffers.empty(_out_shape(site, x, w), x.dtype)
-        job.collect(lambda rows, part: share.add(part, rows.start, y))
+        job.collect(lambda rows, part: share.add(part, rows.start, y, relu=relu))
         return y, _Split(share, sent, weight, x.shape, kept)
 
     def backward(
@@ -228,18 +222,42 @@ class LowRank(Scheme):
         w: torch.Tensor,
         needs: Needs,
     ) -> Gradients:
+        return self._backward(site, saved, gy, None, w, needs)
+
+    def backward_relu(
+        self,
+        site: Site,
+        saved: Any,
+        gy: torch.Tensor,
+        y: torch.Tensor,
+        x: torch.Tensor | None,  # noqa: ARG002
+        w: torch.Tensor,
+        needs: Needs,
+    ) -> Gradients:
+        return self._backward(site, saved, gy, y, w, needs)
+
+    def _backward(
+        self,
+        site: Site,
+        saved: Any,
+        gy: torch.Tensor,
+        gate: torch.Tensor | None,
+        w: torch.Tensor,
+        needs: Needs,
+    ) -> Gradients:
         if isinstance(saved, _Inside):
-            return self._inside(site, saved, gy, w, needs)
+            return self._inside(site, saved, gy, gate, w, needs)
         assert isinstance(saved, _Split)
         if saved.kept is not None and needs.w:
             self._guarded.add(site.name)  # and this weight is never sent again
             self._weights.pop(site.name, None)
-            return self._inside(site, saved.kept, gy, w, needs)
-        share = saved.share
+            return self._inside(site, saved.kept, gy, gate, w, needs)
         if not needs.x and not needs.w:
-            return Gradients(None, None, bias_gradient(gy, site.map) if needs.bias else None)
-        gy = gy.contiguous()
-        gradient = self._send(gy, "gradients", site)
+            _, db = gated_copy(site.map, gy, gate, self._buffers, sums=needs.bias)
+            return Gradients(None, None, db)
+        # A copy: what is sent must not change.
+        copied, db = gated_copy(site.map, gy, gate, self.fleet.staging, sums=needs.bias)
+        gradient = self.fleet.send(copied, "gradients", site.name)
         first = second = None
         if needs.w:
             product = site.map.weight_gradient(w.shape)
@@ -247,21 +265,34 @@ class LowRank(Scheme):
         if needs.x:
             product = site.map.input_gradient(saved.shape)
             first = self.fleet.product(product, gradient, saved.weight, site=site.name)
-        dw = db = None
+        dw = None
         if second is not None:
-            share.gather(gy)
-            dw = share.weight_gradient(second.result())
-        if needs.bias:
-            db = bias_gradient(gy, site.map) if second is None else share.bias_gradient()
+            # Of what a gate changed there is no other copy; no worker can write this one.
+            saved.share.gather(gradient.value if gate is not None else gy.contiguous())
+            dw = saved.share.weight_gradient(second.result())
         return Gradients(None if first is None else self._whole(first, saved.shape, gy), dw, db)
 
     def _inside(
-        self, site: Site, saved: _Inside, gy: torch.Tensor, w: torch.Tensor, needs: Needs
+        self,
+        site: Site,
+        saved: _Inside,
+        gy: torch.Tensor,
+        gate: torch.Tensor | None,
+        w: torch.Tensor,
+        needs: Needs,
     ) -> Gradients:
         x = saved.value(site)
         db = None
-        if needs.bias:
+        if gate is not None:
+            gy, db = gated_copy(site.map, gy, gate, self._buffers, sums=needs.bias)
+        elif needs.bias:
             db = bias_gradient(gy, site.map)
+        if isinstance(site.map, Dense) and self._few.fits(x, w):
+            return Gradients(
+                self._few.input_gradient(gy, w) if needs.x else None,
+                self._few.weight_gradient(gy, x) if needs.w else None,
+                db,
+            )
         return Gradients(
             site.map.input_gradient(x.shape).compute(gy, w) if needs.x else None,
             site.map.weight_gradient(w.shape).compute(gy, x) if needs.w else None,
@@ -300,23 +331,13 @@ class LowRank(Scheme):
             return 0
         return rank
 
-    def _determined(self, site: Site, x: torch.Tensor, w: torch.Tensor) -> bool:
-        """Whether the equations for one input channel are too many for its unknowns.
-
-        There is one equation for each output channel of its group and tap, and one unknown for
-        each position of each sample that a window meets.
-        """
+    def _determined(self, site: Site, x: torch.Tensor, w: torch.Tensor, rank: int) -> bool:
+        """Whether dW determines too much of V. See :func:`determined_share`."""
         if self.guard is None:
             return False
-        if isinstance(site.map, Dense):
-            return w.shape[0] > self.guard * x.shape[0]
-        assert isinstance(site.map, Convolution)
-        taps = w.shape[2:].numel()
-        met = min(
-            x.shape[2:].numel(),
-            math.prod(site.map.space(x.shape, w.shape)) * taps,
-        )
-        return w.shape[0] // site.map.groups * taps > self.guard * x.shape[0] * met
+        assert isinstance(site.map, Dense | Convolution)
+        bases = 1 if isinstance(site.map, Dense) or self._fixed(site, x) else x.shape[0]
+        return determined_share(site.map, x.shape, w.shape, rank, bases) > self.guard
 
     def _fixed(self, site: Site, x: torch.Tensor) -> bool:
         """Whether to split by the same directions whatever the sample.
