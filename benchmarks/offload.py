@@ -1,7 +1,7 @@
 """Training and inference under an offload scheme, against the enclave alone, in one run.
 
 ``python -m benchmarks.offload --model vgg16|vgg9|resnet50|vit --scheme lowrank|permuted|masked|
-measured [--unchecked] [--quick] [--batch N] [--size N] [--json] [--trace FILE]``
+measured [--unchecked] [--no-resident] [--quick] [--batch N] [--size N] [--json] [--trace FILE]``
 
 A training step is forward, loss, backward and SGD with momentum; inference one forward pass.
 The contenders take turns on the same weights and data; a ratio is the median over the turns
@@ -13,16 +13,19 @@ there is one, else a worker process with one thread for each other core.
 * ``train_enclave_bound``, ``infer_enclave_bound``: the same, but of the scheme only the time
   that the enclave itself works: processor seconds of this process (with CUDA: seconds less
   those spent waiting for results). An infinitely fast accelerator would give this speed-up.
-* ``plain_ratio``: seconds of the plain model on the accelerator (without CUDA: in this process,
-  with as many threads as the worker) / seconds under the scheme; 1 would be as fast as no
-  protection at all. ``infer_plain_ratio`` likewise.
+* ``train_plain_ratio``: seconds of the plain model on the accelerator (without CUDA: in this
+  process, with as many threads as the worker) / seconds under the scheme; 1 would be as fast as no
+  protection at all. ``infer_...`` of this and of what follows likewise.
 * ``rel_err``: the worst layer's relative error against float64, on the operands that it got.
-* ``bytes_per_step``: to and from accelerators in a training step (inference: ``infer_bytes``).
-* ``enclave_peak_mb``: most memory of this process during a step under the scheme, including
+* ``train_bytes_per_step``: to and from accelerators.
+* ``train_enclave_peak_mb``: most memory of this process during a step under the scheme, including
   what it shares with the worker.
-* ``bound_ratio``: the fewest bytes that the enclave must read and write per training step
+* ``train_bound_ratio``: the fewest bytes that the enclave must read and write per training step
   (:mod:`benchmarks._offload_traffic` defines them) / this machine's copy bandwidth, measured
-  on one thread in this run, / the enclave's measured seconds; ``infer_bound_ratio`` likewise.
+  on one thread in this run, / the enclave's measured seconds. Under ``lowrank`` its own algebra
+  at the measured speed of a large matrix product is added to the bytes.
+* ``rekey_seconds``: under ``permuted``, of bringing weights home and sending them out under new
+  keys, which happens every ``rekey`` uses (100); each training step is charged its share.
 
 ``masked`` trains nothing here: it is measured in inference only, with masks prepared before.
 Then the table of costs by layer; ``--trace`` writes the last step's timeline for Perfetto.
@@ -34,6 +37,7 @@ import argparse
 import copy
 import ctypes
 import gc
+import json
 import os
 import statistics
 import time
@@ -48,7 +52,7 @@ from torch import nn
 from torch.nn import functional
 
 from benchmarks._offload_models import LayerErrors, build, logits, picture_size
-from benchmarks._offload_traffic import Traffic, bandwidth
+from benchmarks._offload_traffic import Traffic, bandwidth, peak
 from benchmarks._report import report
 from cenacle.accelerators.inline import InlineAccelerator
 from cenacle.accelerators.protocol import Accelerator, Operation
@@ -124,10 +128,12 @@ def _synchronize(tensor: torch.Tensor) -> None:
         torch.cuda.synchronize()
 
 
-def twin(model: nn.Module) -> nn.Module:
-    """Another model with the same parameters, in the same memory."""
-    found: nn.Module = copy.deepcopy(model, {id(p): p for p in model.parameters()})
-    return found
+def own_copy(
+    model: nn.Module, inputs: torch.Tensor, labels: torch.Tensor
+) -> tuple[nn.Module, torch.Tensor, torch.Tensor, torch.optim.Optimizer]:
+    """The same model with parameters and an optimizer of its own."""
+    found = copy.deepcopy(model)
+    return found, inputs, labels, torch.optim.SGD(found.parameters(), lr=1e-4, momentum=0.9)
 
 
 def make_worker() -> tuple[Accelerator, int]:
@@ -194,6 +200,29 @@ def prepare(scheme: Any, model: nn.Module, inputs: torch.Tensor, samples: int) -
         scheme.prepare(model, inputs, samples)
 
 
+def rekey(ours: Contender) -> float:
+    """Processor seconds of a step in which all weights get new keys, above those of another.
+
+    Weights and momenta come home, and go out again under other keys.
+    """
+    scheme: Any = ours.session.scheme if ours.session else None
+    before = scheme.rekey
+    ours.measure("train")
+    scheme.rekey_after(1)
+    ours.measure("train")
+    scheme.rekey_after(before)
+    ours.wall["train"].pop()
+    ours.wall["train"].pop()
+    once, plain = ours.own["train"].pop(), ours.own["train"].pop()
+    return max(0.0, once - plain)
+
+
+def scheme_option(text: str) -> tuple[str, Any]:
+    """``name=json``."""
+    name, _, value = text.partition("=")
+    return name, json.loads(value)
+
+
 def median(values: list[float]) -> float:
     return statistics.median(values)
 
@@ -201,18 +230,6 @@ def median(values: list[float]) -> float:
 def paired(reference: list[float], measured: list[float]) -> float:
     """Median of the ratios of neighbours in time, so that a load that comes and goes cancels."""
     return median([a / b for a, b in zip(reference, measured, strict=True)])
-
-
-def table(session: Offload) -> None:
-    """Costs by layer."""
-    print(f"{'layer':<44}{'enclave':>9}{'worker':>9}{'wait':>9}{'sent':>9}{'received':>9}{'':>4}")
-    print(f"{'':<44}{'ms':>9}{'ms':>9}{'ms':>9}{'MB':>9}{'MB':>9}{'n':>4}")
-    rows = [*session.profile.layers.items(), ("all", session.profile.total)]
-    for name, cost in rows:
-        times = (cost.enclave_seconds, cost.accelerator_seconds, cost.wait_seconds)
-        sizes = (cost.bytes_sent, cost.bytes_received)
-        numbers = [*(1e3 * t for t in times), *(size / 1e6 for size in sizes)]
-        print(f"{name[-43:]:<44}{''.join(f'{n:9.1f}' for n in numbers)}{cost.products:4d}")
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -225,99 +242,119 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     labels = torch.randint(0, options.classes, (options.batch,))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
     kinds = ["train", "infer"] if options.scheme in TRAINS else ["infer"]
-    turns = options.turns
 
     print(f"{options.model} for {options.size}x{options.size}, {options.batch} samples a step")
     rel_err = errors(model, inputs, options.scheme, train="train" in kinds)
     enclave = Contender(model, inputs, labels, optimizer)
     traffic = count(enclave, kinds)
 
+    speed, flops = bandwidth(), peak()
+    parameters = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    results: dict[str, Any] = {
+        "model": options.model,
+        "scheme": options.scheme,
+        "options": dict(options.option),
+        "size": options.size,
+        "batch": options.batch,
+        "turns": options.turns,
+    }
+    for kind in kinds:
+        results |= contest(kind, enclave, traffic[kind], options, speed, flops, parameters)
+    print(f"worst layer's relative error: {rel_err:.1e}")
+    results |= {"rel_err": rel_err, "copy_gb_per_s": speed / 1e9, "gflops": flops / 1e9}
+    return results | {"load": os.getloadavg()[0]}
+
+
+def contest(
+    kind: str,
+    enclave: Contender,
+    traffic: Traffic,
+    options: argparse.Namespace,
+    speed: float,
+    flops: float,
+    parameters: int,
+) -> dict[str, Any]:
+    """The figures of one kind of step, in a session of its own."""
+    model, inputs, labels, turns = enclave.model, enclave.inputs, enclave.labels, options.turns
     worker, threads = make_worker()
-    shared = (inputs, labels, optimizer)
-    ours = Contender(twin(model), *shared, worker=worker)
-    plain = Contender(twin(model), *shared, threads=threads)
+    ours = Contender(*own_copy(model, inputs, labels), worker=worker)
+    plain = Contender(*own_copy(model, inputs, labels), threads=threads)
     if torch.cuda.is_available():
         plain = on_cuda(model, inputs, labels)
-    scheme = make_scheme(options.scheme)
-    peaks: dict[str, float] = {}
-    moved: dict[str, int] = {}
-    sent: dict[str, set[str]] = {}
+    scheme = make_scheme(options.scheme, **dict(options.option))
+    resident = scheme.resident and options.resident and kind == "train"
+    rekeying = 0.0
     with ExitStack() as stack:
         enclave.session = stack.enter_context(offload(model, "enclave", [InlineAccelerator()]))
-        ours.session = stack.enter_context(
-            offload(ours.model, scheme, [worker], check=options.check)
+        ours.session = session = stack.enter_context(
+            offload(
+                ours.model,
+                scheme,
+                [worker],
+                check=options.check,
+                resident=ours.optimizer if resident else None,
+            )
         )
         description = worker.describe()
         masks = time.perf_counter()
         prepare(scheme, ours.model, inputs, (turns + _WARM + 1) * options.batch)
         masks = time.perf_counter() - masks
-        for turn in range(turns + _WARM):
-            for kind in kinds:
-                for contender in (enclave, ours, plain):
-                    if contender is ours and kind != kinds[0]:
-                        contender.model.eval()
-                        contender.infer()  # weights that training changed are sent again
-                    contender.measure(kind)
-                    if contender is ours:
-                        total = ours.session.profile.total
-                        moved[kind] = total.bytes_sent + total.bytes_received
-                        layers = ours.session.profile.layers
-                        sent[kind] = {name for name, cost in layers.items() if cost.products}
-                if turn == turns + _WARM - 1 and kind == kinds[0]:
-                    table(ours.session)
-                    if options.trace:
-                        ours.session.profile.write_trace(options.trace)
-        for kind in kinds:  # not timed: memory that was given back has to be found again
-            reset_peak()
-            ours.model.train(kind == "train")
-            getattr(ours, kind)()
-            peaks[kind] = peak_mb()
-        losses = [loss.name for loss in ours.session.losses]
+        for _ in range(turns + _WARM):
+            for contender in (enclave, ours, plain):
+                contender.measure(kind)
+                if contender is ours:
+                    total = session.profile.total
+                    moved = total.bytes_sent + total.bytes_received
+                    costs = session.profile.layers.items()
+                    sent = {name for name, cost in costs if cost.products}
+        print(f"a step of {kind}\n{session.profile.table()}")
+        if options.trace and kind == "train":
+            session.profile.write_trace(options.trace)
+        stays = set(getattr(scheme, "kept", tuple)()) if resident else set()
+        if resident:
+            rekeying = rekey(ours)
+        reset_peak()  # not timed: memory that was given back has to be found again
+        ours.model.train(kind == "train")
+        getattr(ours, kind)()
+        most = peak_mb()
     contenders = {"enclave": enclave, "scheme": ours, "plain": plain}
     for contender in contenders.values():
-        for series in (contender.wall, contender.own):
-            for values in series.values():
-                del values[:_WARM]
+        for values in (contender.wall[kind], contender.own[kind]):
+            del values[:_WARM]
+    for values in (ours.own[kind], ours.wall[kind]):  # every step pays its share
+        values[:] = [value + rekeying / getattr(scheme, "rekey", 1) for value in values]
 
-    speed = bandwidth()
-    parameters = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    results: dict[str, Any] = {
-        "model": options.model,
-        "scheme": options.scheme,
-        "size": options.size,
-        "batch": options.batch,
-        "turns": turns,
-        "checked": bool(ours.session.fleet.verifier),
+    fewest = traffic.fewest(
+        options.scheme,
+        sent.__contains__,
+        parameters if kind == "train" else 0,
+        stays.__contains__,
+    )
+    inside = traffic.algebra(sent.__contains__, getattr(scheme, "chosen", {}))
+    own = median(ours.own[kind])
+    found = {
+        f"{kind}_speedup": paired(enclave.wall[kind], ours.wall[kind]),
+        f"{kind}_enclave_bound": paired(enclave.own[kind], ours.own[kind]),
+        f"{kind}_plain_ratio": paired(plain.wall[kind], ours.wall[kind]),
+        f"{kind}_bound_ratio": (fewest / speed + inside / flops) / own,
+        f"{kind}_bytes_per_step": moved,
+        f"{kind}_fewest_enclave_bytes": fewest,
+        f"{kind}_enclave_peak_mb": most,
+        **{
+            f"{kind}_{name}_seconds": median(contender.wall[kind])
+            for name, contender in contenders.items()
+        },
+        f"{kind}_enclave_own_seconds": median(enclave.own[kind]),
+        f"{kind}_scheme_own_seconds": own,
         "accelerator": description,
-        "load": os.getloadavg()[0],
-        "workers_lost": losses,
+        "checked": bool(session.fleet.verifier),
+        "workers_lost": [loss.name for loss in session.losses],
     }
-    for kind in kinds:
-        prefix = "" if kind == kinds[0] else f"{kind}_"
-        own = median(ours.own[kind])
-        fewest = traffic[kind].fewest(
-            options.scheme, sent[kind].__contains__, parameters if kind == "train" else 0
-        )
-        results |= {
-            f"{kind}_speedup": paired(enclave.wall[kind], ours.wall[kind]),
-            f"{kind}_enclave_bound": paired(enclave.own[kind], ours.own[kind]),
-            f"{prefix}plain_ratio": paired(plain.wall[kind], ours.wall[kind]),
-            f"{prefix}bound_ratio": fewest / speed / own,
-            f"{prefix}bytes_per_step": moved[kind],
-            f"{prefix}fewest_enclave_bytes": fewest,
-            f"{prefix}enclave_peak_mb": peaks[kind],
-            **{
-                f"{kind}_{name}_seconds": median(contender.wall[kind])
-                for name, contender in contenders.items()
-            },
-            f"{kind}_enclave_own_seconds": median(enclave.own[kind]),
-            f"{kind}_scheme_own_seconds": own,
-        }
-    print(f"worst layer's relative error: {rel_err:.1e}")
-    results |= {"rel_err": rel_err, "copy_gb_per_s": speed / 1e9}
-    if "train" not in kinds:
-        results["masks_seconds_per_sample"] = masks / ((turns + _WARM + 1) * options.batch)
-    return results
+    if resident:
+        found |= {"resident_layers": len(stays), "rekey_seconds": rekeying}
+    if options.scheme == "masked":
+        found["masks_seconds_per_sample"] = masks / ((turns + _WARM + 1) * options.batch)
+    return found
 
 
 def on_cuda(model: nn.Module, inputs: torch.Tensor, labels: torch.Tensor) -> Contender:
@@ -337,11 +374,25 @@ def main(arguments: list[str] | None = None, emit: Callable[..., None] = report)
     schemes = sorted({*TRAINS, "masked"})
     parser.add_argument("--scheme", choices=schemes, default="permuted")
     parser.add_argument("--batch", type=int, help="samples per step")
+    parser.add_argument(
+        "--option",
+        action="append",
+        type=scheme_option,
+        default=[],
+        metavar="NAME=JSON",
+        help="of the scheme, e.g. max_rank=8 or guard=null; may be repeated",
+    )
     parser.add_argument("--size", type=int, help="the pictures' side")
     parser.add_argument("--classes", type=int, default=10)
     parser.add_argument("--turns", type=int, help="measured turns, after two that warm up")
     parser.add_argument(
         "--unchecked", dest="check", action="store_const", const=False, help="without Freivalds"
+    )
+    parser.add_argument(
+        "--no-resident",
+        dest="resident",
+        action="store_false",
+        help="permuted: send weights in every step, and keep the optimizer inside",
     )
     parser.add_argument("--quick", action="store_true", help="a smaller batch, two turns")
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line")

@@ -107,6 +107,11 @@ def test_options_of_lowrank_keep_their_form(
         ({"scheme": "permuted", "options": {"seed": "0"}}, "unknown field"),
         ({"scheme": "permuted", "options": {"ranks": 2}}, "unknown field"),
         ({"scheme": "permuted", "allow_public_base": True}, "no initial_weights"),
+        (
+            {"scheme": "permuted", "resident": True, "options": {"coefficients": "general"}},
+            "does not commute",
+        ),
+        ({"scheme": "lowrank", "resident": True}, "unknown field"),
         ({"scheme": "lowrank", "allow_public_base": True}, "unknown field"),
         ({"scheme": "lowrank", "options": {"ranks": 0}}, "ranks"),
         ({"scheme": "lowrank", "options": {"ranks": {"": 2}}}, "ranks"),
@@ -130,6 +135,23 @@ def test_a_plan_that_makes_no_sense_is_refused(
     with pytest.raises(DocumentError) as caught:
         planned(plan)
     assert problem in caught.value.what
+
+
+def test_only_sgd_can_be_checked_where_accelerators_carry_it_out(
+    contract_example: Fields,
+) -> None:
+    adam = {"type": "adam", "learning_rate": 0.01}
+    sgd = {"type": "sgd", "learning_rate": 0.1, "momentum": 0.9}
+
+    def made(optimizer: Fields, **plan: Any) -> Contract:
+        contract_example["job"]["recipe"]["optimizer"] = optimizer
+        contract_example["offload"] = {"scheme": "permuted", "resident": True, **plan}
+        return Contract.from_fields(contract_example)
+
+    with pytest.raises(DocumentError, match="cannot check adam"):
+        made(adam)
+    for contract in (made(adam, check=False), made(sgd), made(sgd, check=False)):
+        assert Contract.from_canonical(contract.canonical_bytes()) == contract
 
 
 def test_a_program_cannot_be_offloaded_yet(program_contract_example: Fields) -> None:

@@ -195,6 +195,53 @@ def test_an_interrupted_training_resumes_bit_for_bit(sources: Any, lend: Any) ->
     assert _same(found, expected)
 
 
+OPTIMIZERS = {
+    "sgd": ({"type": "sgd", "learning_rate": 0.05, "momentum": 0.9, "weight_decay": 0.01}, True),
+    "adam": ({"type": "adam", "learning_rate": 0.01}, False),
+    "adamw": ({"type": "adamw", "learning_rate": 0.01, "weight_decay": 0.1}, False),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_weights_that_accelerators_keep_are_trained_all_the_same(
+    name: str, sources: Any, lend: Any
+) -> None:
+    optimizer, check = OPTIMIZERS[name]
+    recipe = _recipe(
+        optimizer=optimizer,
+        model={"type": "cnn", "channels": [8], "hidden": [256, 64]},
+        batch_size=8,
+        schedule={"type": "cosine", "warmup_epochs": 1, "final": 0.1},
+    )
+    expected = train(recipe, sources, offloading=lend(_plan("permuted", check=check)), threads=1)
+    plan = _plan("permuted", check=check, resident=True, options={"rekey": 7})
+    offloading = lend(plan)
+    found = train(recipe, sources, offloading=offloading, threads=1)
+    for tensor, value in expected.model_tensors.items():
+        np.testing.assert_allclose(found.model_tensors[tensor], value, rtol=1e-3, atol=1e-4)
+    told = offloading.record()
+    assert told.dropped == ()
+    assert "Workers keep large weights" in offloading.leakage.note
+
+    sink = MemorySink()
+
+    class Stopped(Exception):
+        pass
+
+    def stop(done: int, _: int) -> None:
+        if done == 31:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        train(
+            recipe, sources, progress=stop, checkpoints=sink, checkpoint_every=10,
+            offloading=lend(plan), threads=1,
+        )  # fmt: skip
+    resumed = train(recipe, sources, checkpoints=sink, offloading=lend(plan), threads=1)
+    for tensor, value in expected.model_tensors.items():
+        np.testing.assert_allclose(resumed.model_tensors[tensor], value, rtol=1e-3, atol=1e-4)
+
+
 def test_first_weights_that_must_be_secret_depend_on_the_secret(sources: Any, lend: Any) -> None:
     """Under ``permuted`` whoever knows them has the permutations, and seeds are public."""
     recipe = _recipe(epochs=1, optimizer={"type": "sgd", "learning_rate": 1e-9})

@@ -15,6 +15,7 @@ from torch.nn import functional
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from cenacle.accelerators.protocol import Operation
+from cenacle.accelerators.updates import UPDATES
 
 __all__ = ["OPERATIONS", "PRIME", "execute", "modular"]
 
@@ -150,6 +151,7 @@ OPERATIONS: Final[Mapping[str, Callable[..., torch.Tensor]]] = {
     "conv_mod": partial(modular, _conv),
     "conv_input_mod": partial(modular, _conv_input),
     "conv_weight_mod": partial(modular, _conv_weight),
+    **UPDATES,
 }
 
 

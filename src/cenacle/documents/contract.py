@@ -233,6 +233,13 @@ class Contract(Document):
                 else "offload permuted allows a public base, but the recipe has no "
                 "initial_weights: leave allow_public_base out"
             )
+        if isinstance(plan, PermutedPlan) and plan.resident and plan.check:
+            optimizer = self.job.recipe.optimizer
+            if optimizer.type != "sgd":
+                raise ValueError(
+                    f"offload permuted cannot check {optimizer.type} where accelerators carry it "
+                    "out: use sgd, leave resident out, or set check: false"
+                )
         return self
 
     @property

@@ -108,7 +108,7 @@ class LowRankOptions(Frozen):
         "doubling"
     )
     max_rank: Rank = 32
-    rounds: Annotated[int, Field(ge=1, le=16)] = 1
+    rounds: Annotated[int, Field(ge=1, le=16)] = 2
     guard: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
     noise: LowRankNoise | None = None
 
@@ -147,11 +147,23 @@ class PermutedPlan(_CheckedPlan):
             these were made from recovers both permutations completely. Without initial
             weights the first ones are drawn from a secret of the run, not from the recipe's
             seed, which everyone knows.
+        resident: accelerators keep large weights and carry out the optimizer's steps for them;
+            they learn its settings. With ``check`` only SGD, whose steps can be checked.
     """
 
     scheme: Literal["permuted"]
     options: PermutedOptions = PermutedOptions()
     allow_public_base: bool = False
+    resident: bool = False
+
+    @model_validator(mode="after")
+    def _weights_can_stay(self) -> PermutedPlan:
+        if self.resident and self.options.coefficients != "signs":
+            raise ValueError(
+                "resident weights need coefficients signs: an optimizer's step does not commute "
+                "with general ones"
+            )
+        return self
 
     def scheme_options(self) -> dict[str, Any]:
         return {

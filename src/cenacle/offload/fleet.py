@@ -15,29 +15,29 @@ from __future__ import annotations
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import Final, Literal
+from typing import Final
 
 import torch
 
 from cenacle.accelerators.buffers import Buffers
 from cenacle.accelerators.inline import InlineAccelerator
-from cenacle.accelerators.protocol import Accelerator, Pending
-from cenacle.errors import AcceleratorError, InputError, IntegrityError
-from cenacle.offload.integrity import Check, Doubt, Verifier
+from cenacle.accelerators.protocol import Accelerator, Operation, Pending
+from cenacle.errors import AcceleratorError, InputError
+from cenacle.offload.integrity import Verifier
+from cenacle.offload.job import Job
 from cenacle.offload.maps import Product
+from cenacle.offload.parcel import Held, Parcel, Role
 from cenacle.offload.profile import Profile
+from cenacle.offload.remote import Remote, making
+from cenacle.offload.tracking import Tracked
 from cenacle.offload.transcript import Transcript
 
-__all__ = ["Fleet", "Job", "Loss", "Parcel", "Role"]
+__all__ = ["Fleet", "Job", "Loss", "Parcel", "Remote", "Role"]
 
-Role = Literal["inputs", "activations", "weights", "gradients"]
-"""What of the model a tensor stands for; the terms of a leakage record."""
-
-Consumer = Callable[[slice, torch.Tensor], None]
-FusedConsumer = Callable[[slice, torch.Tensor, Check | None], None]
+_CLONE: Final = Operation("clone")
 
 
 @dataclass(frozen=True)
@@ -47,131 +47,6 @@ class Loss:
     name: str
     site: str
     reason: str
-
-
-class Parcel:
-    """A tensor for workers. It is put where it is needed, when it is needed.
-
-    Attributes:
-        value: as workers see it; contiguous, and not to be changed any more.
-        role: what it stands for; transcripts and leakage records speak of it.
-    """
-
-    __slots__ = ("__weakref__", "_held", "role", "site", "value")
-
-    def __init__(self, value: torch.Tensor, role: Role, site: str) -> None:
-        self.value = value
-        self.role: Role = role
-        self.site = site
-        self._held: dict[tuple[str, int | None], int] = {}
-
-
-class Job:
-    """A product under way: one part for each worker that computes."""
-
-    def __init__(
-        self, fleet: Fleet, product: Product, operands: Sequence[Parcel], site: str
-    ) -> None:
-        self.product = product
-        self.operands = tuple(operands)
-        self.site = site
-        self._fleet = fleet
-        divided = [
-            p.value.shape[0] for p, split in zip(operands, product.rows, strict=True) if split
-        ]
-        self.bounds = fleet.bounds(divided[0]) if divided else ((0, 0),)
-        self._parts = [fleet._start(self, part) for part in range(len(self.bounds))]
-
-    def collect(self, consume: Consumer) -> None:
-        """Hand each part to ``consume`` as it arrives, in order.
-
-        If the fleet has a verifier, ``consume(rows, tensor)`` gets a checked copy in the
-        enclave's own memory. If it has none, ``consume`` reads every element of ``tensor``
-        once (a worker may be able to write it still) and raises :class:`IntegrityError`,
-        before it has any effect that counts, if it is wrong: then the worker is dropped and
-        the part computed elsewhere.
-        """
-
-        def checked(rows: slice, tensor: torch.Tensor, check: Check | None) -> None:
-            if check is None:
-                consume(rows, tensor)
-            else:
-                consume(rows, check.verify(self._fleet.own(tensor)))
-
-        self.collect_fused(checked)
-
-    def collect_fused(self, consume: FusedConsumer) -> None:
-        """As :meth:`collect`, for consumers that check by themselves while they read.
-
-        ``consume(rows, tensor, check)`` reads every element of ``tensor`` once and calls
-        ``check.compare`` with the contraction of what it has read. ``check`` is None if the
-        fleet has no verifier or the enclave computed the part itself. If the contraction does
-        not agree, and only rounding is to blame, ``consume`` is called again for the part,
-        with a tensor in the enclave's own memory.
-        """
-        for part, (start, end) in enumerate(self.bounds):
-            rows = slice(start, end)
-            while True:
-                accelerator, pending, issue = self._parts[part]
-                try:
-                    check = self._expect(accelerator, part)
-                    tensor = self._fleet._wait(accelerator, pending, issue, self.site)
-                    self._consume(consume, rows, tensor, check)
-                except (AcceleratorError, IntegrityError) as error:
-                    self._fleet.lose(accelerator, self.site, error)
-                    self._parts[part] = self._fleet._start(self, part)
-                else:
-                    break
-
-    def _expect(self, accelerator: Accelerator, part: int) -> Check | None:
-        """What the part's result has to satisfy; computed while the worker computes."""
-        verifier = self._fleet.verifier
-        if verifier is None or accelerator is self._fleet._own:
-            return None
-        operands = [
-            p.value[slice(*self.bounds[part])] if split and len(self.bounds) > 1 else p.value
-            for p, split in zip(self.operands, self.product.rows, strict=True)
-        ]
-        owner = None if self.product.rows[-1] else self.operands[-1]
-        return verifier.expect(self.product.operation, operands, owner=owner, site=self.site)
-
-    def _consume(
-        self, consume: FusedConsumer, rows: slice, tensor: torch.Tensor, check: Check | None
-    ) -> None:
-        if check is None:
-            consume(rows, tensor, None)
-            return
-        check.form(tensor)
-        try:
-            consume(rows, tensor, check)
-        except Doubt:
-            consume(rows, check.verify(self._fleet.own(tensor)), check)
-
-    def result(self, check: Consumer | None = None) -> torch.Tensor:
-        """The whole result in the enclave's own memory, checked if the fleet has a verifier.
-
-        ``check(rows, tensor)``, if given, sees each part too and raises
-        :class:`IntegrityError` if it is wrong.
-        """
-        found: list[torch.Tensor] = []
-
-        def consume(rows: slice, tensor: torch.Tensor, verification: Check | None) -> None:
-            own = self._fleet.own(tensor)
-            if verification is not None:
-                own = verification.verify(own)
-            if check is not None:
-                check(rows, own)
-            found.append(own)
-
-        self.collect_fused(consume)
-        if len(found) == 1:
-            return found[0]
-        if self.product.reduce == "concat":
-            return torch.cat(found)
-        total = found[0]
-        for part in found[1:]:
-            total += part
-        return total
 
 
 class Fleet:
@@ -220,8 +95,8 @@ class Fleet:
         self._handles = count(1)
         self._issued: dict[str, int] = dict.fromkeys((*names, self.ENCLAVE), 0)
         self._completed = dict(self._issued)
-        self._garbage: deque[tuple[dict[tuple[str, int | None], int], torch.Tensor]] = deque()
-        self._limbo: list[tuple[dict[str, int], torch.Tensor]] = []
+        self._garbage: deque[tuple[Held, torch.Tensor | None]] = deque()
+        self._limbo: list[tuple[dict[str, int], torch.Tensor | None]] = []
 
     # ------------------------------------------------------------------ for schemes
 
@@ -240,10 +115,50 @@ class Fleet:
         """A contiguous copy in the enclave's memory."""
         return self._buffers.empty(tensor.shape, tensor.dtype).copy_(tensor)
 
-    def product(self, product: Product, *operands: Parcel, site: str) -> Job:
-        """Start a product on all workers that take part; returns at once."""
+    def product(
+        self, product: Product, *operands: Parcel | Remote, site: str, slot: int | None = None
+    ) -> Job:
+        """Start a product on all workers that take part; returns at once.
+
+        With a ``slot`` it is not divided: a single worker computes it, the one that keeps its
+        :class:`Remote` operands or would be asked to make them.
+        """
         self._sweep()
-        return Job(self, product, operands, site)
+        return Job(self, product, operands, site, slot)
+
+    def compute(
+        self,
+        operation: Operation,
+        *operands: Parcel | Remote,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        role: Role,
+        site: str,
+        slot: int,
+        tracked: Tracked | None = None,
+    ) -> Remote:
+        """Have a worker compute something and keep it; returns at once."""
+        self._sweep()
+        remote = Remote(
+            operation, operands, shape=shape, dtype=dtype, role=role, site=site, slot=slot,
+            tracked=tracked,
+        )  # fmt: skip
+        weakref.finalize(remote, self._garbage.append, (remote._held, None))
+        while True:
+            accelerator = self._holder(operands, slot)
+            try:
+                with self.profile.calling(accelerator):
+                    self._make(accelerator, remote)
+            except AcceleratorError as error:
+                self.lose(accelerator, site, error)
+            else:
+                return remote
+
+    def release(self, remote: Remote) -> None:
+        """Nobody asks for it any more; workers may forget it, its recipe stays."""
+        remote.released = True
+        self._garbage.append((dict(remote._held), None))
+        remote._held.clear()
 
     def bounds(self, rows: int) -> tuple[tuple[int, int], ...]:
         """How ``rows`` divide: the same whoever is left."""
@@ -276,6 +191,55 @@ class Fleet:
         self._limbo.clear()
         self._garbage.clear()
 
+    def _holder(self, operands: Sequence[Parcel | Remote], slot: int) -> Accelerator:
+        """Who keeps what only workers have, or will have to make it."""
+        remotes = [one for one in operands if isinstance(one, Remote)]
+        for accelerator in self._members():
+            if remotes and all(one.at(accelerator.name) is not None for one in remotes):
+                return accelerator
+        return self._worker(slot)
+
+    def _make(self, accelerator: Accelerator, target: Remote) -> None:
+        """Bring a tensor about at a worker, and what it is made of."""
+        for remote, done in making(target, accelerator.name):
+            key = (accelerator.name, None)
+            if remote.source is not None:
+                if remote.parcel is None:
+                    remote.parcel = remote.source()
+                self._place(accelerator, remote.parcel, None, ((0, 0),))
+                # The parcel's own handle, so it goes when the parcel does.
+                remote._held[key] = self._call(accelerator, remote, [remote.parcel])
+                remote.parcel = None
+                continue
+            remote._held[key] = self._call(accelerator, remote, remote.operands)
+            for one in done:
+                accelerator.drop([one._held.pop(key)] if key in one._held else [])
+
+    def _call(
+        self, accelerator: Accelerator, remote: Remote, operands: Sequence[Parcel | Remote]
+    ) -> int:
+        handles = [self._place(accelerator, one, None, ((0, 0),)) for one in operands]
+        operation = remote.operation if remote.source is None else _CLONE
+        result = next(self._handles)
+        if self.transcript is not None and accelerator is not self._own:
+            self.transcript.call(accelerator.name, remote.site, operation, result, handles)
+        accelerator.call(operation, result, handles)
+        self._issued[accelerator.name] += 1
+        return result
+
+    def _recall(self, accelerator: Accelerator, remote: Remote) -> torch.Tensor:
+        """What a worker says that it keeps, verified; in the enclave's memory."""
+        handle = remote.at(accelerator.name)
+        assert handle is not None
+        assert remote.tracked is not None
+        pending = accelerator.get(handle)
+        self._issued[accelerator.name] += 1
+        found = self.own(
+            self._wait(accelerator, pending, self._issued[accelerator.name], remote.site)
+        )
+        remote.tracked.verify(found, remote.site)
+        return found
+
     def _worker(self, part: int) -> Accelerator:
         if self._alive:
             return self._alive[part % len(self._alive)]
@@ -285,7 +249,9 @@ class Fleet:
 
     def _start(self, job: Job, part: int) -> tuple[Accelerator, Pending, int]:
         while True:
-            accelerator = self._worker(part)
+            accelerator = (
+                self._worker(part) if job.slot is None else self._holder(job.operands, job.slot)
+            )
             try:
                 with self.profile.calling(accelerator):
                     return self._ask(accelerator, job, part)
@@ -312,10 +278,13 @@ class Fleet:
     def _place(
         self,
         accelerator: Accelerator,
-        parcel: Parcel,
+        parcel: Parcel | Remote,
         part: int | None,
         bounds: tuple[tuple[int, int], ...],
     ) -> int:
+        if isinstance(parcel, Remote):
+            self._make(accelerator, parcel)
+            return parcel._held[accelerator.name, None]
         if part is not None and len(bounds) == 1:
             part = None
         key = (accelerator.name, part)

@@ -24,11 +24,12 @@ from __future__ import annotations
 import math
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import torch
 
+from cenacle.accelerators.buffers import Buffers
 from cenacle.accelerators.operations import execute
 from cenacle.accelerators.protocol import Operation
 from cenacle.errors import InputError, IntegrityError
@@ -39,14 +40,15 @@ from cenacle.offload.contractions import (
     Expected,
     Vectors,
     contract,
-    contract_operand,
     depth,
-    expected,
     lengths,
     result_shape,
     secret_signs,
 )
+from cenacle.offload.expectations import contract_operand, expected
+from cenacle.offload.passes import Sketch, sketch_for
 from cenacle.offload.residues import FieldCheck
+from cenacle.offload.tracking import Tracked
 
 __all__ = ["Check", "Doubt", "Verifier"]
 
@@ -61,6 +63,9 @@ _GUARD: Final = 64
 
 _MANY: Final = 256
 """Images of so many positions are contracted once: each position is a number of its own."""
+
+_FOLDS: Final = 2
+"""Vectors with which channels of a convolution's operand are contracted while it is written."""
 
 _BLOCK: Final = 1 << 23
 """Elements of the result that stage 2 computes at once."""
@@ -109,6 +114,7 @@ class Verifier:
         self._shared: weakref.WeakKeyDictionary[
             object, dict[tuple[str, str, int], tuple[torch.Tensor, Contracted]]
         ] = weakref.WeakKeyDictionary()
+        self._sketches: dict[int, tuple[weakref.ref[torch.Tensor], Sketch]] = {}
 
     def expect(
         self,
@@ -129,20 +135,85 @@ class Verifier:
         """
         return Check(self, operation, tuple(operands), owner, site)
 
-    def _signs(self, *shape: int) -> torch.Tensor:
+    def sketch(
+        self, operand: torch.Tensor, plane: int, buffers: Buffers, *, folded: bool
+    ) -> Sketch | None:
+        """Room to contract a convolution's operand while it is written.
+
+        Checks of products with the very same ``operand`` use what they find there, for as long
+        as it lives; so it must be written before they begin, and not changed after that.
+
+        Args:
+            operand: (rows, channels, *space), contiguous, in the enclave's memory; whole, not
+                a part's rows.
+            folded: contract channels too, for a weight gradient.
+
+        Returns:
+            None: not in this arithmetic, or not with so many repetitions.
+        """
+        rows, channels = operand.shape[:2]
+        if operand.dtype != torch.float32 or self.repetitions > _FOLDS:
+            return None
+        bundle = min(BUNDLE, rows)
+        s = self._samples(rows, bundle)
+        q = self.signs(_FOLDS, channels)
+        found = sketch_for(rows, channels, plane, s, q, bundle, buffers, folded=folded)
+        for key in [key for key, (ref, _) in self._sketches.items() if ref() is None]:
+            del self._sketches[key]
+        self._sketches[operand.data_ptr()] = weakref.ref(operand), found
+        return found
+
+    def sketched(self, operand: torch.Tensor) -> Sketch | None:
+        """What :meth:`sketch` was given for this operand."""
+        ref, found = self._sketches.get(operand.data_ptr(), (None, None))
+        known = None if ref is None else ref()
+        if known is None or known.shape != operand.shape or known.dtype != operand.dtype:
+            return None
+        return found
+
+    def _samples(self, rows: int, bundle: int) -> torch.Tensor:
+        if bundle == 1:
+            return torch.ones(rows, dtype=torch.float64)
+        return self._rows(rows, bundle)
+
+    def expect_tracked(
+        self,
+        operation: Operation,
+        operands: Sequence[torch.Tensor],
+        tracked: Tracked,
+        recall: Callable[[], torch.Tensor],
+        *,
+        site: str = "",
+    ) -> Check:
+        """As :meth:`expect` where a worker keeps the second operand.
+
+        Args:
+            operands: the second one on the ``meta`` device: only its shape is known.
+            tracked: what it has to be, contracted.
+            recall: fetches and verifies it, should stage 2 have to decide.
+        """
+        return Check(self, operation, tuple(operands), None, site, tracked, recall)
+
+    def signs(self, *shape: int) -> torch.Tensor:
+        """Secret numbers, float64; see :func:`cenacle.offload.contractions.secret_signs`."""
         return secret_signs(shape, self._entropy)
 
     def _rows(self, rows: int, bundle: int) -> torch.Tensor:
         """For samples. Not so balanced that samples which are all alike cancel: the scale of
         errors is estimated from what is left."""
-        found = self._signs(rows)
+        found = self.signs(rows)
         for part in found.split(bundle):  # type: ignore[no-untyped-call]
             while len(part) > 1 and float(part.sum().square() / part.square().sum()) < 1 / 16:
-                part.copy_(self._signs(len(part)))
+                part.copy_(self.signs(len(part)))
         return found
 
     def _vectors(
-        self, operation: Operation, operands: Sequence[torch.Tensor], owner: object | None
+        self,
+        operation: Operation,
+        operands: Sequence[torch.Tensor],
+        owner: object | None,
+        tracked: Tracked | None,
+        sketches: Sequence[Sketch | None],
     ) -> tuple[Vectors, Contracted | None]:
         features, rows, inputs = lengths(operation, operands)
         bundle = min(BUNDLE, rows) if rows else 1
@@ -150,19 +221,25 @@ class Verifier:
         if rows and -(-rows // bundle) * math.prod(operands[0].shape[2:]) >= _MANY:
             repetitions = 1
         shared: Contracted | None = None
-        if owner is None or inputs:
-            r = self._signs(repetitions, features)
+        if tracked is not None:
+            r, shared = tracked.contracted(operation, repetitions)
+        elif owner is None or inputs:
+            r = self.signs(repetitions, features)
         else:
             key = operation.name, repr(sorted(operation.attributes.items())), repetitions
             kept = self._shared.setdefault(owner, {})
             if key not in kept:
-                r = self._signs(repetitions, features)
+                r = self.signs(repetitions, features)
                 kept[key] = r, contract_operand(operation, operands, Vectors(r))
             r, shared = kept[key]
         s = None
         if rows:
-            s = torch.ones(rows, dtype=torch.float64) if bundle == 1 else self._rows(rows, bundle)
-        q = self._signs(repetitions, inputs) if inputs else None
+            s = self._samples(rows, bundle) if sketches[0] is None else sketches[0].s
+        q = self.signs(repetitions, inputs) if inputs else None
+        if inputs and sketches[0] is not None and sketches[0].folds is not None:
+            r = sketches[0].q[:repetitions]
+        if inputs and sketches[1] is not None and sketches[1].folds is not None:
+            q = sketches[1].q[:repetitions]
         return Vectors(r, s, q, bundle), shared
 
 
@@ -185,11 +262,14 @@ class Check:
         operands: tuple[torch.Tensor, ...],
         owner: object | None,
         site: str,
+        tracked: Tracked | None = None,
+        recall: Callable[[], torch.Tensor] | None = None,
     ) -> None:
         self._verifier = verifier
         self._operation = operation
         self._operands = operands
         self._site = site
+        self._recall = recall
         self._settled = False
         self.shape = result_shape(operation, operands)
         exact = operation.name.endswith("_mod")
@@ -203,9 +283,12 @@ class Check:
                 operation, operands, sizes, verifier.repetitions, verifier._entropy
             )
             return
-        self.vectors, shared = verifier._vectors(operation, operands, owner)
+        sketches: list[Sketch | None] = [None, None]
+        if operation.name.startswith("conv"):
+            sketches = [verifier.sketched(t) if t.device.type == "cpu" else None for t in operands]
+        self.vectors, shared = verifier._vectors(operation, operands, owner, tracked, sketches)
         with torch.no_grad():
-            self._expected = expected(operation, operands, self.vectors, shared)
+            self._expected = expected(operation, operands, self.vectors, shared, sketches)
 
     # ------------------------------------------------------------------ in one go
 
@@ -260,19 +343,27 @@ class Check:
         wide = max(1.0, u / torch.finfo(self.dtype).eps * 2)
         # n additions whose terms are as large as the result, and the contraction's own.
         summed = (n + math.prod(self.shape) / max(1, value.numel())) / 9
+        scale, squares = want.scale.square(), value.square()
+        tiny = torch.finfo(self.dtype).tiny * math.sqrt(math.prod(self.shape)) * (n + 1)
+
+        def bound(summands: torch.Tensor) -> torch.Tensor:
+            return SLACK * (u * (scale * wide + summands * summed).sqrt() + tiny)
+
+        error = (contracted.double() - value).abs()
+        least = bound(squares)
+        if bool(((error <= least) & torch.isfinite(least)).all()):
+            return  # as nearly always; what follows can only allow more
         # A single contraction may be small by chance where its summands are not; those beside
         # it, from the same secret, tell how large they are in proportion to their scale.
         along = -2 if self._operation.name.startswith("matmul") else -1
-        scales = want.scale.square().expand_as(value)
-        share = value.square().sum(along, keepdim=True) / scales.sum(along, keepdim=True)
-        summands = torch.maximum(value.square(), torch.nan_to_num(share, 0.0) * scales)
+        scales = scale.expand_as(value)
+        share = squares.sum(along, keepdim=True) / scales.sum(along, keepdim=True)
+        summands = torch.maximum(squares, torch.nan_to_num(share, 0.0) * scales)
         if energy is not None:
             summands = torch.maximum(summands, energy.double())
-        variance = want.scale.square() * wide + summands * summed
-        tiny = torch.finfo(self.dtype).tiny
-        bound = SLACK * (u * variance.sqrt() + tiny * math.sqrt(math.prod(self.shape)) * (n + 1))
-        wrong = ~((contracted.double() - value).abs() <= bound)  # NaN is wrong
-        wrong |= ~torch.isfinite(bound)
+        limit = bound(summands)
+        wrong = ~(error <= limit)  # NaN is wrong
+        wrong |= ~torch.isfinite(limit)
         if wrong.any():
             raise Doubt(
                 f"a result for {self._site} is not the product that was asked for",
@@ -290,6 +381,9 @@ class Check:
         """
         self.form(y)
         self._verifier.doubts += 1
+        if self._recall is not None:
+            self._operands = (self._operands[0], self._recall())
+            self._recall = None
         found = y.clone()
         whole = self._operation.name.startswith("conv_weight")
         divided = not whole and y.dim() > 2

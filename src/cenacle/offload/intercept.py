@@ -172,7 +172,8 @@ class Interceptor(TorchFunctionMode):
         if reason is None:
             names = _SUMMAND_NAMES if handler in _SUMMANDS else _NAMES
             named = {names.get(name, name): v for name, v in kwargs.items() if name != "out"}
-            found = handler(self._engine, *args, **named)
+            with self._engine.eyes_shut():
+                found = handler(self._engine, *args, **named)
             if found is not None:
                 return found
             reason = "these operands"

@@ -31,11 +31,13 @@ class Product:
         rows: for each operand, whether its first dimension is divided; the others are needed
             whole by everyone.
         reduce: ``concat``: the parts are rows of the result. ``sum``: they are added up.
+        unchecked: whoever asks for it checks the result.
     """
 
     operation: Operation
     rows: tuple[bool, ...]
     reduce: Literal["concat", "sum"] = "concat"
+    unchecked: bool = False
 
     def compute(self, *operands: torch.Tensor) -> torch.Tensor:
         """The result, computed here and now."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from cenacle.documents.offload import EnclavePlan, OffloadPlan, PermutedPlan
 from cenacle.documents.receipt import LeakageRecord
+from cenacle.offload.resident import Keeper
 from cenacle.offload.schemes.base import Scheme, make_scheme
 
 __all__ = ["planned_leakage", "planned_scheme"]
@@ -18,7 +21,10 @@ def planned_scheme(plan: OffloadPlan) -> Scheme:
     """A new instance, for one session. Raises InputError for an option it does not know."""
     if isinstance(plan, EnclavePlan):
         return make_scheme(plan.scheme)
-    return make_scheme(plan.scheme, **plan.scheme_options())
+    scheme = make_scheme(plan.scheme, **plan.scheme_options())
+    if isinstance(plan, PermutedPlan) and plan.resident:
+        cast("Keeper", scheme).may_keep()
+    return scheme
 
 
 def planned_leakage(plan: OffloadPlan) -> LeakageRecord:

@@ -7,6 +7,7 @@ Functions return ``None`` for what they cannot express; that stays in the enclav
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any, Final, Protocol
 
 import torch
@@ -42,6 +43,10 @@ class Engine(Protocol):
 
     def settle(self) -> None:
         """The model has run."""
+        ...
+
+    def eyes_shut(self) -> AbstractContextManager[None]:
+        """While operands are handled: nobody looks at a weight that a worker keeps."""
         ...
 
 

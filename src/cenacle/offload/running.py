@@ -67,6 +67,11 @@ class Running:
         """Of the module that is running; empty for the model itself."""
         return self._thread.frames[-1].path if self._thread.frames else ""
 
+    @property
+    def active(self) -> bool:
+        """Whether a module of the model is running, in this thread."""
+        return bool(self._thread.frames)
+
     def next_product(self) -> str:
         """A name for a product of activations: the same each time that the module runs."""
         frame = self._thread.frames[-1]

@@ -15,10 +15,11 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import nn
@@ -29,77 +30,22 @@ from cenacle.documents.receipt import LeakageRecord
 from cenacle.errors import InputError
 from cenacle.offload.attention import FastPath
 from cenacle.offload.fleet import Fleet, Loss, Role
-from cenacle.offload.fusion import Fusion, State
+from cenacle.offload.fusion import NOTHING, Fusion, Plan, State, hollow
 from cenacle.offload.integrity import Verifier
 from cenacle.offload.intercept import Interceptor
 from cenacle.offload.maps import Convolution, LinearMap, MatrixProduct
+from cenacle.offload.nodes import Offloaded, Use
 from cenacle.offload.profile import Profile
+from cenacle.offload.resident import Keeper, Residency, Updates
 from cenacle.offload.running import Running
-from cenacle.offload.schemes.base import Needs, Scheme, Site, make_scheme
+from cenacle.offload.schemes.base import Scheme, Site, make_scheme
+from cenacle.offload.torch_optimizers import TorchUpdates
 from cenacle.offload.transcript import Transcript
 from cenacle.offload.weights import Weights
 
 __all__ = ["Offload", "offload"]
 
 _log = logging.getLogger(__name__)
-
-
-class _Offloaded(torch.autograd.Function):
-    """One linear map as a node of the autograd graph."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        session: Offload,
-        site: Site,
-        state: State,
-        x: torch.Tensor,
-        w: torch.Tensor,
-        bias: torch.Tensor | None,
-    ) -> torch.Tensor:
-        scheme = session.scheme
-        with session.profile.span(site.name, "forward"):
-            forward = scheme.forward_relu if state.relu else scheme.forward
-            y, state.saved = forward(site, x, w, bias)
-        ctx.session, ctx.site, ctx.state = session, site, state
-        ctx.save_for_backward(x if scheme.keeps_input else None, w)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, gy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        session: Offload = ctx.session
-        session.check_open()
-        scheme, site, state = session.scheme, ctx.site, ctx.state
-        x, w = ctx.saved_tensors
-        needs = Needs(*ctx.needs_input_grad[3:])
-        with session.profile.span(site.name, "backward"), torch.no_grad():
-            if state.relu:
-                found = scheme.backward_relu(site, state.saved, gy, state.kept(), x, w, needs)
-            else:
-                found = scheme.backward(site, state.saved, gy, x, w, needs)
-        if not torch._C._autograd._get_current_graph_task_keep_graph():
-            # As torch frees what it saved itself, although the node lives on.
-            state.saved = state.output = None
-        if torch.is_grad_enabled():  # create_graph=True
-            once: Any = _Once.apply
-            anchor = torch.zeros((), requires_grad=True)
-            return (None, None, None, *(None if g is None else once(g, anchor) for g in found))
-        return (None, None, None, *found)
-
-
-class _Once(torch.autograd.Function):
-    """A gradient that must not be differentiated again."""
-
-    @staticmethod
-    def forward(ctx: Any, gradient: torch.Tensor, _: torch.Tensor) -> torch.Tensor:  # noqa: ARG004
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx: Any, *_: torch.Tensor) -> None:  # noqa: ARG004
-        raise InputError(
-            "gradients of an offloaded model cannot be differentiated again",
-            remedy="take second derivatives of the model outside the `with offload(...)` block",
-        )
 
 
 class Offload:
@@ -111,7 +57,9 @@ class Offload:
         kept_inside: operations that could not be offloaded, in the order of first use.
     """
 
-    def __init__(self, model: nn.Module, scheme: Scheme, fleet: Fleet) -> None:
+    def __init__(
+        self, model: nn.Module, scheme: Scheme, fleet: Fleet, resident: Updates | None = None
+    ) -> None:
         self.model = model
         self.scheme = scheme
         scheme.stays = self.stays
@@ -123,6 +71,9 @@ class Offload:
         self._optimizers: Any = None
         self._modules: tuple[nn.Module, ...] = ()
         self._open = False
+        self._residency: Residency | None = None
+        if resident is not None:
+            self._residency = _residency(scheme, fleet, resident, self._is_running)
 
     @property
     def profile(self) -> Profile:
@@ -160,6 +111,8 @@ class Offload:
         self._running = Running(self.model, self._mode)
         self._optimizers = register_optimizer_step_post_hook(self._stepped)
         FastPath.off()
+        if self._residency is not None:
+            self._residency.begin()
         return self
 
     def __exit__(
@@ -183,7 +136,11 @@ class Offload:
             for module in self._modules:
                 _OFFLOADED.discard(module)
         try:
-            self.scheme.detach()
+            try:
+                if self._residency is not None:
+                    self._residency.end()
+            finally:
+                self.scheme.detach()
         finally:
             self.fleet.close()
             if self.fleet.transcript is not None:
@@ -202,14 +159,41 @@ class Offload:
 
         All other changes are seen: by optimizers, in place, by ``load_state_dict``, and by
         putting another tensor in a weight's place.
+
+        Raises:
+            InputError: a worker keeps a weight, so what was written to is an old copy of it.
         """
+        if self._residency is not None:
+            self._residency.check_home()
         self._weights.changed()
+
+    def bring_home(self) -> None:
+        """Bring the model's weights and the optimizer's state up to date, where workers keep them.
+
+        Whatever looks at a weight with a function of torch does this by itself. Call it before
+        looking past torch, e.g. through an array that shares a weight's memory, or from another
+        thread.
+
+        Raises:
+            IntegrityError, AcceleratorError: a worker lied or was lost, and the enclave could not
+                make the weight again.
+        """
+        if self._residency is not None:
+            self._residency.all_home()
 
     # ------------------------------------------------------------------ the model runs
 
     def _mode(self) -> Interceptor:
-        self._weights.refresh()
+        with self.eyes_shut():
+            self._weights.refresh()
         return Interceptor(self)
+
+    def _is_running(self) -> bool:
+        return self._running is not None and self._running.active
+
+    def eyes_shut(self) -> AbstractContextManager[None]:
+        """While operands are handled: nobody looks at a weight that a worker keeps."""
+        return nullcontext() if self._residency is None else self._residency.eyes_shut()
 
     def _stepped(self, optimizer: Optimizer, *_: Any) -> None:
         """Fused optimizers write weights without counting a new version of them."""
@@ -234,27 +218,44 @@ class Offload:
         role: Role = "inputs" if self._running.is_given(x) else "activations"
         weight = self._weights.find(w)
         if weight is not None:
-            site = Site(weight.name, map_, role, True, weight.key)
+            trains = torch.is_grad_enabled() and w.requires_grad
+            stays = self._residency is not None and self._residency.takes(w)
+            site = Site(
+                weight.name, map_, role, True, weight.key, w if stays else None, trains=trains
+            )
         elif isinstance(map_, MatrixProduct):
             site = Site(self._running.next_product(), map_, role, False, (0, 0))
         else:  # a weight that was computed, e.g. by a parametrization
             site = Site(self._running.path or "model", map_, role, False, (0, 0))
-        fused = self.scheme.fuses_relu and isinstance(map_, Convolution)
-        state = State(None, relu=fused and self._fusion.expects(site.name))
-        found: torch.Tensor = _Offloaded.apply(self, site, state, x, w, bias)  # type: ignore[no-untyped-call]
-        if state.relu:
-            state.keep(found)
-        if fused:
+        plan = NOTHING
+        fuses = self.scheme.fuses_relu and isinstance(map_, Convolution)
+        if fuses:
+            plan = self._fusion.plan(site.name)
+            if not self.scheme.fuses_pool:
+                plan = plan._replace(pool=False)
+        if plan.relu and isinstance(map_, Convolution):
+            return self._fused(Use(self, site, x, w, bias), plan, map_.space(x.shape, w.shape))
+        found: torch.Tensor = Offloaded.apply(self, site, State(), x, w, bias)  # type: ignore[no-untyped-call]
+        if fuses:
+            self._fusion.made(site.name, found)
+        return found
 
-            def again() -> tuple[torch.Tensor, Any]:
-                with self.profile.span(site.name, "forward"), torch.no_grad():
-                    return self.scheme.forward(site, x, w, bias)
-
-            self._fusion.made(site.name, found, state, again)
+    def _fused(self, use: Use, plan: Plan, space: Sequence[int]) -> torch.Tensor:
+        """The output of a layer and, put aside, the result of what follows it."""
+        if plan.pool and (len(space) != 2 or any(size % 2 for size in space)):
+            plan = plan._replace(pool=False)
+        width = space[-1] if plan.pool else None
+        with self.profile.span(use.site, "forward"), torch.no_grad():
+            value, gate, saved = self.scheme.forward_fused(use.place, use.x, use.w, use.bias, width)
+        shape = torch.Size((use.x.shape[0], use.w.shape[0], *space))
+        state = State(saved, hollow(shape, value.dtype))
+        found = use.node(state)
+        self._fusion.given(use, plan, state, found, value, gate)
         return found
 
     def sees(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
-        return self._fusion.sees(func, args, kwargs)
+        with self.eyes_shut():
+            return self._fusion.sees(func, args, kwargs)
 
     def settle(self) -> None:
         self._fusion.settle()
@@ -295,6 +296,7 @@ def offload(
     timeout: float = 120.0,
     transcript: Path | Transcript | None = None,
     check: bool | Verifier | None = None,
+    resident: Optimizer | Updates | None = None,
     **options: Any,
 ) -> Offload:
     """Offload ``model`` within a ``with`` block.
@@ -308,9 +310,13 @@ def offload(
         transcript: a folder, to record what every worker received.
         check: whether to verify what workers return, or how; by default unless the scheme
             trusts them.
+        resident: the model's optimizer. Weights that have more numbers than go through their
+            layer stay with workers, which carry out its steps for them; ``p.grad`` of these
+            cannot be looked at. SGD, or without checks Adam and AdamW.
 
     Raises:
-        InputError: no such scheme or option, or accelerators with equal names.
+        InputError: no such scheme or option, accelerators with equal names, or an optimizer
+            that workers cannot carry out or be checked in.
         RefusedError: the scheme must not be used for this model.
     """
     record = Transcript(transcript) if isinstance(transcript, Path) else transcript
@@ -319,4 +325,27 @@ def offload(
         check = made.verified
     verifier = check if isinstance(check, Verifier) else Verifier() if check else None
     fleet = Fleet(accelerators, timeout=timeout, verifier=verifier, transcript=record)
-    return Offload(model, made, fleet)
+    updates = TorchUpdates(resident) if isinstance(resident, Optimizer) else resident
+    return Offload(model, made, fleet, updates)
+
+
+def _residency(
+    scheme: Scheme, fleet: Fleet, updates: Updates, running: Callable[[], bool]
+) -> Residency:
+    if not scheme.resident:
+        raise InputError(
+            "this scheme does not keep weights with workers",
+            found=scheme.name,
+            expected="permuted",
+            remedy="leave out resident=",
+        )
+    if fleet.verifier is not None and not updates.linear:
+        raise InputError(
+            "this optimizer's steps cannot be checked where workers carry them out",
+            found="an optimizer that is not linear in the gradient, such as Adam",
+            expected="SGD, with momentum and weight decay as you like",
+            remedy="leave out resident=, or give check=False if workers are trusted with it",
+        )
+    keeper: Keeper = cast("Keeper", scheme)
+    keeper.may_keep()
+    return Residency(keeper, updates, running)

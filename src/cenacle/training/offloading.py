@@ -20,13 +20,16 @@ from cenacle.offload.fleet import Fleet
 from cenacle.offload.heap import keep_heap
 from cenacle.offload.integrity import Verifier
 from cenacle.offload.planned import planned_leakage, planned_scheme
-from cenacle.offload.profile import Cost
+from cenacle.offload.profile import Profile
 from cenacle.offload.session import Offload
 from cenacle.training._torch import nn, torch
+from cenacle.training.optimizers import Optimizer
+from cenacle.training.resident_steps import ResidentSteps
 
 __all__ = ["Offloading"]
 
 _TEXT: Final = 500
+_EVENTS: Final = 20_000
 
 
 class Offloading:
@@ -39,6 +42,9 @@ class Offloading:
         accelerators: with names as the receipt shall have them; closed by :meth:`close`.
         kinds: of each accelerator, by name.
         timeout: seconds after which a worker counts as hanging.
+
+    Attributes:
+        profile: costs by layer, of all sessions together, and a timeline of the last ones.
     """
 
     def __init__(
@@ -55,7 +61,7 @@ class Offloading:
         self._kinds = dict(kinds)
         self._secret = secret
         self._timeout = timeout
-        self._cost = Cost()
+        self.profile = Profile(events=_EVENTS)
         self._seconds = 0.0
         self._products = 0
         self._dropped: dict[str, DroppedAccelerator] = {}
@@ -76,17 +82,23 @@ class Offloading:
         return self._secret if isinstance(self.plan, PermutedPlan) else None
 
     @contextmanager
-    def session(self, model: nn.Module) -> Iterator[Offload]:
-        """Offload one model; afterwards the accelerators hold nothing of it."""
+    def session(self, model: nn.Module, optimizer: Optimizer) -> Iterator[Offload]:
+        """Offload one model and, if the plan says so, what its optimizer does to its weights.
+
+        Afterwards the accelerators hold nothing of it.
+        """
         keep_heap()
         scheme = planned_scheme(self.plan)
         verifier = Verifier() if self._checks and scheme.verified else None
         lent = [_Lent(one) for one in self.accelerators]
-        fleet = Fleet(lent, timeout=self._timeout, verifier=verifier)
+        fleet = Fleet(lent, timeout=self._timeout, verifier=verifier, profile=self.profile)
         begin = time.perf_counter()
-        with Offload(model, scheme, fleet) as session:
+        resident = isinstance(self.plan, PermutedPlan) and self.plan.resident
+        updates = ResidentSteps(optimizer) if resident else None
+        with Offload(model, scheme, fleet, updates) as session:
             try:
                 yield session
+                session.bring_home()
             finally:
                 self._seconds += time.perf_counter() - begin
                 self._account(session, lent)
@@ -96,7 +108,6 @@ class Offloading:
         return not isinstance(self.plan, EnclavePlan | MeasuredPlan) and self.plan.check
 
     def _account(self, session: Offload, lent: list[_Lent]) -> None:
-        self._cost += session.profile.total
         for one in lent:
             self._products += one.taken
             one.ending = True
@@ -112,6 +123,7 @@ class Offloading:
 
     def record(self) -> OffloadRecord:
         """The account of all sessions so far."""
+        cost = self.profile.total
         return OffloadRecord(
             accelerators=tuple(
                 AcceleratorRecord.from_fields(
@@ -124,12 +136,12 @@ class Offloading:
                 for one in self.accelerators
             ),
             dropped=tuple(self._dropped.values()),
-            bytes_sent=self._cost.bytes_sent,
-            bytes_received=self._cost.bytes_received,
+            bytes_sent=cost.bytes_sent,
+            bytes_received=cost.bytes_received,
             products=self._products,
             checked=self._products if self._checks else 0,
-            seconds_inside=round(max(self._seconds - self._cost.wait_seconds, 0.0), 3),
-            seconds_outside=round(min(self._cost.accelerator_seconds, 1e9), 3),
+            seconds_inside=round(max(self._seconds - cost.wait_seconds, 0.0), 3),
+            seconds_outside=round(min(cost.accelerator_seconds, 1e9), 3),
             kept_inside=tuple(self._kept_inside),
         )
 

@@ -8,7 +8,7 @@ modules and 4 s in an enclave, which reads no byte-code caches, to compile nothi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from cenacle.documents.recipe import Adam, AdamW, Sgd
 from cenacle.training._torch import adam, sgd, torch
@@ -19,17 +19,34 @@ Slots = dict[str, torch.Tensor]
 """One parameter's state: ``momentum_buffer``, or ``step``, ``exp_avg``, ``exp_avg_sq``."""
 
 
+def _nothing() -> None:
+    return None
+
+
 class Optimizer:
     """Updates parameters in place from their ``grad``.
 
     Attributes:
         state: slots by the parameter's position; empty before its first step.
+        rate: learning rate of the step under way.
+        before_step, after_step: called around each step.
     """
 
     def __init__(self, plan: Sgd | Adam | AdamW, parameters: Iterable[torch.nn.Parameter]) -> None:
         self._plan = plan
         self._parameters = list(parameters)
         self.state: dict[int, Slots] = {}
+        self.rate = 0.0
+        self.before_step: Callable[[], None] = _nothing
+        self.after_step: Callable[[], None] = _nothing
+
+    @property
+    def plan(self) -> Sgd | Adam | AdamW:
+        return self._plan
+
+    @property
+    def parameters(self) -> Sequence[torch.nn.Parameter]:
+        return tuple(self._parameters)
 
     def zero_grad(self) -> None:
         """Forget all gradients."""
@@ -39,6 +56,14 @@ class Optimizer:
     @torch.no_grad()
     def step(self, rate: float) -> None:
         """One step at learning rate ``rate``; a parameter without a gradient stays as it is."""
+        self.rate = rate
+        self.before_step()
+        try:
+            self._step(rate)
+        finally:
+            self.after_step()
+
+    def _step(self, rate: float) -> None:
         chosen = [i for i, parameter in enumerate(self._parameters) if parameter.grad is not None]
         parameters = [self._parameters[i] for i in chosen]
         gradients = [g for p in parameters if (g := p.grad) is not None]

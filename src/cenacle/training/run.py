@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -189,7 +189,9 @@ class _Job:
             if self.progress is not None:
                 self.progress(before + trainer.step, total)
 
-        outside = self.offloading.session(trainer.model) if self.offloading else nullcontext()
+        outside: AbstractContextManager[object] = nullcontext()
+        if self.offloading:
+            outside = self.offloading.session(trainer.model, trainer.optimizer)
         with outside:
             trainer.run(after_step)
             self.results.append(self._measure(trainer, preprocessing))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final, NamedTuple, TypeVar
 
 import torch
@@ -22,6 +22,7 @@ from cenacle.offload.maps import LinearMap, MatrixProduct
 
 __all__ = [
     "SCHEMES",
+    "Fused",
     "Gradients",
     "Needs",
     "Scheme",
@@ -42,6 +43,8 @@ class Site:
         role: what ``x`` is: the model's ``inputs``, or ``activations`` of an earlier layer.
         weight: whether ``w`` is a weight of the model (else both operands are activations).
         key: identifies the weight's values: equal only while nothing changed them.
+        parameter: the weight itself, if it may stay with a worker.
+        trains: whether gradients may be asked for.
     """
 
     name: str
@@ -49,6 +52,8 @@ class Site:
     role: Role
     weight: bool
     key: tuple[int, int]
+    parameter: torch.Tensor | None = field(default=None, compare=False)
+    trains: bool = False
 
 
 class Needs(NamedTuple):
@@ -57,6 +62,18 @@ class Needs(NamedTuple):
     x: bool
     w: bool
     bias: bool
+
+
+class Fused(NamedTuple):
+    """What was applied to a map's output in the pass that unblinded it: a ReLU, and pooling.
+
+    Attributes:
+        gate: what the scheme remembers of the output.
+        pool: the width of the images that were pooled by windows of 2 x 2, if they were.
+    """
+
+    gate: Any
+    pool: int | None
 
 
 class Gradients(NamedTuple):
@@ -76,16 +93,21 @@ class Scheme(ABC):
 
     Attributes:
         fuses_relu: whether it applies a ReLU in the pass in which it unblinds.
+        fuses_pool: whether it pools after that in the same pass.
         keeps_input: whether :meth:`backward` needs the true ``x``; if not, the enclave does
             not keep it.
         verified: whether the fleet checks every product by default: not where workers are
             trusted, nor where the scheme checks by itself.
+        resident: whether it can keep weights with workers; then it is a
+            :class:`~cenacle.offload.resident.Keeper`.
     """
 
     name: ClassVar[str]
     fuses_relu: ClassVar[bool] = False
+    fuses_pool: ClassVar[bool] = False
     keeps_input: ClassVar[bool] = True
     verified: ClassVar[bool] = True
+    resident: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self.fleet: Fleet
@@ -137,6 +159,47 @@ class Scheme(ABC):
     ) -> Gradients:
         """:meth:`backward` for the output ``y`` of :meth:`forward_relu`."""
         return self.backward(site, saved, gy * (y > 0), x, w, needs)
+
+    def forward_fused(
+        self,
+        site: Site,
+        x: torch.Tensor,
+        w: torch.Tensor,
+        bias: torch.Tensor | None,
+        pool: int | None,
+    ) -> tuple[torch.Tensor, Any, Any]:
+        """max(0, B(x, w) + bias), pooled if ``pool`` is its width; a gate; what is saved.
+
+        Pooling is asked for only if the scheme :attr:`fuses_pool`; then height and width are
+        even, and windows are 2 x 2, side by side.
+        """
+        assert pool is None
+        y, saved = self.forward_relu(site, x, w, bias)
+        return y, y.detach(), saved
+
+    def backward_fused(
+        self,
+        site: Site,
+        saved: Any,
+        gy: torch.Tensor,
+        fused: Fused,
+        x: torch.Tensor | None,
+        w: torch.Tensor,
+        needs: Needs,
+    ) -> Gradients:
+        """:meth:`backward` for the output of :meth:`forward_fused`."""
+        return self.backward_relu(site, saved, gy, fused.gate, x, w, needs)
+
+    def recover(
+        self,
+        site: Site,  # noqa: ARG002
+        saved: Any,  # noqa: ARG002
+        bias: torch.Tensor | None,  # noqa: ARG002
+        *,
+        relu: bool,  # noqa: ARG002
+    ) -> tuple[torch.Tensor, Any] | None:
+        """The whole output and its gate, from what was saved; None: not without the operands."""
+        return None
 
     def detach(self) -> None:  # noqa: B027 - most schemes keep nothing
         """End the session."""

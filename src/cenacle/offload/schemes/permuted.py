@@ -20,14 +20,17 @@ from torch import nn
 from cenacle.crypto.memory import SecretBytes
 from cenacle.documents.receipt import LeakageRecord
 from cenacle.errors import InputError, RefusedError
-from cenacle.offload.fleet import Fleet, Parcel, Role
+from cenacle.offload.fleet import Fleet, Parcel, Remote, Role
 from cenacle.offload.keystream import Keystream
 from cenacle.offload.maps import Convolution, MatrixProduct
 from cenacle.offload.public_base import public_base
-from cenacle.offload.schemes.base import Gradients, Needs, Scheme, Site, register
+from cenacle.offload.resident import RemoteGradient
+from cenacle.offload.schemes.base import Fused, Gradients, Needs, Scheme, Site, register
 from cenacle.offload.schemes.permuted_keys import Coefficients, Key, Keys, weight_frame
-from cenacle.offload.schemes.permuted_moves import Moves
+from cenacle.offload.schemes.permuted_moves import Gate, Moves
+from cenacle.offload.schemes.permuted_resident import Resident, ResidentWeights
 from cenacle.offload.schemes.permuted_uses import Use, is_flipped, plan_use, y_shape
+from cenacle.offload.updates import Rule
 
 __all__ = ["Permuted"]
 
@@ -52,7 +55,9 @@ class _Saved(NamedTuple):
 
     use: Use
     x: Parcel
-    w: Parcel
+    w: Parcel | Remote
+    inner: Key
+    resident: Resident | None = None
 
 
 @register
@@ -77,7 +82,9 @@ class Permuted(Scheme):
 
     name: ClassVar[str] = "permuted"
     fuses_relu: ClassVar[bool] = True
+    fuses_pool: ClassVar[bool] = True
     keeps_input: ClassVar[bool] = False
+    resident: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -104,6 +111,8 @@ class Permuted(Scheme):
         self._keys = Keys(Keystream(seed), coefficients)
         self._weights: dict[tuple[str, bool, int], _Weight] = {}
         self._moves: Moves
+        self._resident: ResidentWeights
+        self._keeps = False
 
     @property
     def leakage(self) -> LeakageRecord:
@@ -114,7 +123,9 @@ class Permuted(Scheme):
             activations="obfuscated",
             gradients="obfuscated",
             labels="obfuscated",
-            note=_NOTE + (_NOTE_GENERAL if self.coefficients == "general" else _NOTE_SIGNS),
+            note=_NOTE
+            + (_NOTE_GENERAL if self.coefficients == "general" else _NOTE_SIGNS)
+            + (_NOTE_KEPT if self._keeps else ""),
         )
 
     def attach(self, fleet: Fleet, model: nn.Module) -> None:
@@ -130,22 +141,45 @@ class Permuted(Scheme):
             )
         super().attach(fleet, model)
         self._moves = Moves(fleet)
+        self._resident = ResidentWeights(fleet, self._moves, self._keys, self.rekey)
 
     def detach(self) -> None:
         self._weights.clear()
         self._moves.close()
+
+    def kept(self) -> tuple[str, ...]:
+        """Names of the weights that workers keep."""
+        return self._resident.names()
+
+    def rekey_after(self, uses: int) -> None:
+        """Change ``rekey``, for weights that have their keys already too."""
+        self.rekey = self._resident.rekey = uses
 
     # ------------------------------------------------------------------ the three products
 
     def forward(
         self, site: Site, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None
     ) -> tuple[torch.Tensor, Any]:
-        return self._forward(site, x, w, bias, relu=False)
+        return self._forward(site, x, w, bias)
 
-    def forward_relu(
-        self, site: Site, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None
+    def forward_fused(
+        self,
+        site: Site,
+        x: torch.Tensor,
+        w: torch.Tensor,
+        bias: torch.Tensor | None,
+        pool: int | None,
+    ) -> tuple[torch.Tensor, Any, Any]:
+        gate = Gate(pool)
+        y, saved = self._forward(site, x, w, bias, gate)
+        return y, gate, saved
+
+    def recover(
+        self, site: Site, saved: Any, bias: torch.Tensor | None, *, relu: bool
     ) -> tuple[torch.Tensor, Any]:
-        return self._forward(site, x, w, bias, relu=True)
+        """From what was sent, which nobody can change."""
+        gate = Gate() if relu else None
+        return self._product(site, saved, bias, gate), gate
 
     def _forward(
         self,
@@ -153,19 +187,29 @@ class Permuted(Scheme):
         x: torch.Tensor,
         w: torch.Tensor,
         bias: torch.Tensor | None,
-        *,
-        relu: bool,
-    ) -> tuple[torch.Tensor, Any]:
+        gate: Gate | None = None,
+    ) -> tuple[torch.Tensor, _Saved]:
         flipped = is_flipped(site.map, w)
-        inner, outer, weight = self._weight(site, w, flipped)
+        resident = self._resident.use(site, x.shape, w)
+        weight: Parcel | Remote | None
+        if resident is not None:
+            inner, outer, weight = resident.inner, resident.outer, resident.w
+        else:
+            inner, outer, weight = self._weight(site, w, flipped)
         use = plan_use(self._keys, site.map, x.shape, w.shape, inner, outer, flipped=flipped)
-        sent = self._moves.send(x, use.x, site.role, site.name)
+        sent = self._moves.send(x, use.x, site.role, site.name, trains=site.trains)
         if weight is None:
             role: Role = "activations" if isinstance(site.map, MatrixProduct) else "weights"
             weight = self._moves.send(w.mT if flipped else w, use.w, role, site.name)
-        job = self.fleet.product(use.forward, sent, weight, site=site.name)
-        y = self._moves.open(job, y_shape(site.map, x.shape, w.shape), use.y, bias, relu=relu)
-        return y, _Saved(use, sent, weight)
+        saved = _Saved(use, sent, weight, inner, resident)
+        return self._product(site, saved, bias, gate), saved
+
+    def _product(
+        self, site: Site, saved: _Saved, bias: torch.Tensor | None, gate: Gate | None
+    ) -> torch.Tensor:
+        use, slot = saved.use, saved.w.slot if isinstance(saved.w, Remote) else None
+        job = self.fleet.product(use.forward, saved.x, saved.w, site=site.name, slot=slot)
+        return self._moves.open(job, y_shape(site.map, use.x_shape, use.w_shape), use.y, bias, gate)
 
     def backward(
         self,
@@ -178,30 +222,36 @@ class Permuted(Scheme):
     ) -> Gradients:
         return self._backward(site, saved, gy, None, needs)
 
-    def backward_relu(
+    def backward_fused(
         self,
         site: Site,
         saved: Any,
         gy: torch.Tensor,
-        y: torch.Tensor,
+        fused: Fused,
         x: torch.Tensor | None,  # noqa: ARG002
         w: torch.Tensor,  # noqa: ARG002
         needs: Needs,
     ) -> Gradients:
-        return self._backward(site, saved, gy, y, needs)
+        return self._backward(site, saved, gy, fused.gate, needs)
 
     def _backward(
-        self, site: Site, saved: _Saved, gy: torch.Tensor, gate: torch.Tensor | None, needs: Needs
+        self, site: Site, saved: _Saved, gy: torch.Tensor, gate: Gate | None, needs: Needs
     ) -> Gradients:
         use = saved.use
         sums = torch.zeros(gy.shape[1], dtype=torch.float64) if needs.bias else None
-        gradient = self._moves.send(gy, use.gy, "gradients", site.name, sums, gate)
+        gradient = self._moves.send(gy, use.gy, "gradients", site.name, sums, gate, trains=needs.w)
         first = second = None
+        slot = saved.w.slot if isinstance(saved.w, Remote) else None
         if needs.x:
-            first = self.fleet.product(use.input_gradient, gradient, saved.w, site=site.name)
-        if needs.w:  # computed while the enclave unblinds the other
-            second = self.fleet.product(use.weight_gradient, gradient, saved.x, site=site.name)
+            first = self.fleet.product(
+                use.input_gradient, gradient, saved.w, site=site.name, slot=slot
+            )
         dx = dw = None
+        resident = saved.resident
+        if needs.w and resident is not None and resident.inner is saved.inner:
+            dw = self._kept_gradient(resident, use, gradient, saved.x)
+        elif needs.w:  # computed while the enclave unblinds the other
+            second = self.fleet.product(use.weight_gradient, gradient, saved.x, site=site.name)
         if first is not None:
             dx = self._moves.open(first, use.x_shape, use.gx)
         if second is not None:
@@ -211,6 +261,42 @@ class Permuted(Scheme):
             else:
                 dw = self._moves.open(second, shape, use.gw)
         return Gradients(dx, dw, None if sums is None else sums.to(gy.dtype))
+
+    # ------------------------------------------------------------------ weights that stay
+
+    def _kept_gradient(
+        self, weight: Resident, use: Use, gradient: Parcel, x: Parcel
+    ) -> torch.Tensor:
+        remote = self._resident.gradient(weight, use, gradient, x)
+        return RemoteGradient(weight.parameter, remote, weight.site, self._resident.add)
+
+    def may_keep(self) -> None:
+        """See :class:`~cenacle.offload.resident.Keeper`, as for the next three."""
+        if self.coefficients != "signs":
+            raise InputError(
+                "weights cannot stay with workers under general coefficients: an optimizer's step "
+                "does not commute with them",
+                found=self.coefficients,
+                expected="signs",
+                remedy="leave out resident=, or choose coefficients signs",
+            )
+        self._keeps = True
+
+    def update(
+        self, parameter: torch.Tensor, g: Remote | None, rule: Rule, state: dict[str, torch.Tensor]
+    ) -> None:
+        weight = self._resident.find(parameter)
+        assert weight is not None
+        self._resident.update(weight, g, rule, state)
+
+    def is_away(self, parameter: torch.Tensor) -> bool:
+        weight = self._resident.find(parameter)
+        return weight is not None and weight.lent
+
+    def home(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+        weight = self._resident.find(parameter)
+        assert weight is not None
+        return self._resident.home(weight)
 
     # ------------------------------------------------------------------ keys
 
@@ -256,4 +342,8 @@ _NOTE_SIGNS: Final = (
 _NOTE_GENERAL: Final = (
     "Coefficients are powers of two between 1/8 and 8 with signs: they hide nothing of the "
     "signs of a tensor that is known not to be negative, and mantissas of all values stay."
+)
+_NOTE_KEPT: Final = (
+    " Workers keep large weights under their permutations and train them: they know the "
+    "optimizer, its settings and its state."
 )

@@ -7,6 +7,7 @@ e.g. an image, a filter, or a single number.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 import numpy as np
 import torch
@@ -16,9 +17,27 @@ from cenacle.errors import IntegrityError
 from cenacle.offload.fleet import Fleet, Job, Parcel, Role
 from cenacle.offload.integrity import Check
 from cenacle.offload.kernels import move_planes
+from cenacle.offload.passes import Sketch, Tally, blind, compiled, marks_for, unblind
 from cenacle.offload.schemes.permuted_keys import Frame
 
-__all__ = ["Moves"]
+__all__ = ["Gate", "Moves"]
+
+_IMAGES: Final = 4
+_MANY: Final = 64
+"""Positions from which on an image is contracted while it is moved."""
+
+
+class Gate:
+    """What is remembered of a convolution's output that had a ReLU and perhaps was pooled.
+
+    Attributes:
+        pool: the width of the images that were pooled.
+        marks: of :mod:`cenacle.offload.passes`; for images of one number the output itself.
+    """
+
+    def __init__(self, pool: int | None = None) -> None:
+        self.pool = pool
+        self.marks: torch.Tensor
 
 
 class Moves:
@@ -39,22 +58,48 @@ class Moves:
         role: Role,
         site: str,
         sums: torch.Tensor | None = None,
-        gate: torch.Tensor | None = None,
+        gate: Gate | None = None,
+        *,
+        trains: bool = True,
     ) -> Parcel:
+        """``trains``: whether a weight gradient may be asked for with it."""
         value = value.detach().contiguous()
-        blinded = self._fleet.empty(*value.shape, dtype=value.dtype)
+        width = None if gate is None else gate.pool
+        shape = list(value.shape)
+        if width is not None:
+            shape[2:] = (2 * size for size in shape[2:])
+        blinded = self._fleet.empty(*shape, dtype=value.dtype)
         rows, cols = frame
-        move_planes(
-            frame.planes(value),
-            frame.planes(blinded),
-            rows.index,
-            cols.index,
-            rows.scale,
-            cols.scale,
-            sums=sums,
-            gate=None if gate is None else frame.planes(gate.detach().contiguous()),
-        )
+        source, target = frame.planes(value), frame.planes(blinded)
+        keys = (rows.index, cols.index, rows.scale, cols.scale)
+        marked = gate is not None and not gate.marks.is_floating_point()
+        sketch = self._sketch(blinded, target, role, trains=trains)
+        if marked or sketch is not None:
+            blind(
+                source, target, *keys, marks=gate.marks if gate is not None and marked else None,
+                width=width, sums=sums, sketch=sketch,
+            )  # fmt: skip
+        else:
+            marks = None if gate is None else frame.planes(gate.marks)
+            move_planes(source, target, *keys, sums=sums, gate=marks)
         return self._fleet.send(blinded, role, site)
+
+    def _sketch(
+        self, blinded: torch.Tensor, target: torch.Tensor, role: Role, *, trains: bool
+    ) -> Sketch | None:
+        """Room to contract images while they are written, for the checks of their products."""
+        verifier = self._fleet.verifier
+        if (
+            verifier is None
+            or role == "weights"
+            or blinded.dim() != _IMAGES
+            or target.shape[:2] != blinded.shape[:2]
+            or target.shape[2] < _MANY
+            or len(self._fleet.bounds(len(blinded))) > 1
+            or not compiled()
+        ):
+            return None
+        return verifier.sketch(blinded, target.shape[2], self._buffers, folded=trains)
 
     def open(
         self,
@@ -62,17 +107,21 @@ class Moves:
         shape: Sequence[int],
         frame: Frame,
         bias: torch.Tensor | None = None,
-        *,
-        relu: bool = False,
+        gate: Gate | None = None,
     ) -> torch.Tensor:
         """Unblind each part as it arrives, straight from where the worker put it.
 
-        Parts of a sum are whole and are added in order; others are rows.
+        Parts of a sum are whole and are added in order; others are rows. With a gate the result
+        has a ReLU applied, is pooled if the gate says so, and is remembered there.
         """
         summed = job.product.reduce == "sum"
         found: list[torch.Tensor] = []
         each = len(frame.rows) // max(1, shape[0])  # of the frame's rows in one of the tensor
         back = frame.cols.inverse
+        bias = None if bias is None else bias.detach().contiguous()
+        pooled = list(shape)
+        if gate is not None and gate.pool is not None:
+            pooled[2:] = (size // 2 for size in shape[2:])
 
         def consume(rows: slice, part: torch.Tensor, check: Check | None) -> None:
             expected = shape if summed else (rows.stop - rows.start, *shape[1:])
@@ -82,27 +131,73 @@ class Moves:
                     found=tuple(part.shape),
                     expected=tuple(expected),
                 )
-            if check is not None:  # of a copy: what is checked must be what is used
+            tally = self._tally(part, check)
+            if check is not None and tally is None:
+                # Of a copy: what is checked must be what is used.
                 part = check.verify(self._buffers.empty(part.shape, part.dtype).copy_(part))
-            own = self._buffers.empty(shape, part.dtype) if summed or not found else found[0]
+            own = self._buffers.empty(pooled, part.dtype) if summed or not found else found[0]
             whole = frame.planes(own)
             chosen = slice(0, None) if summed else slice(rows.start * each, rows.stop * each)
             into = frame.rows.index[chosen]
-            move_planes(
-                part.contiguous().view(len(into), *whole.shape[1:]),
-                whole,
-                np.arange(len(into), dtype=np.int32),
-                back.index,
-                np.reciprocal(frame.rows.scale[chosen]),
-                back.scale,
-                into=into,
-                bias=None if bias is None else bias.detach().contiguous(),
-                relu=relu,
-            )
+            source = part.contiguous().view(len(into), len(frame.cols), -1)
+            row_scale = np.reciprocal(frame.rows.scale[chosen])
+            marked = gate is not None and (gate.pool is not None or source.shape[2] > 1)
+            if marked or tally is not None:
+                if gate is not None and marked and not found:
+                    plane = source.shape[2]
+                    high, columns = whole.shape[:2]
+                    gate.marks = marks_for(high, columns, plane, gate.pool, self._buffers)
+                unblind(
+                    source, whole, into, back.index, row_scale, back.scale,
+                    bias=bias, relu=gate is not None,
+                    marks=gate.marks if gate is not None and marked else None,
+                    width=None if gate is None else gate.pool, tally=tally,
+                )  # fmt: skip
+                if check is not None and tally is not None:
+                    check.compare(tally.totals.unsqueeze(0))
+            else:
+                count = np.arange(len(into), dtype=np.int32)
+                move_planes(
+                    source, whole, count, back.index, row_scale, back.scale,
+                    into=into, bias=bias, relu=gate is not None,
+                )  # fmt: skip
             if not found:
                 found.append(own)
             elif summed:
                 found[0] += own
 
         job.collect_fused(consume)
+        if gate is not None and not hasattr(gate, "marks"):
+            gate.marks = found[0].detach()  # not what the graph is kept alive by
         return found[0]
+
+    @staticmethod
+    def _tally(part: torch.Tensor, check: Check | None) -> Tally | None:
+        """What contracts images while they are read, if they are to be contracted once."""
+        vectors = None if check is None else check.vectors
+        if (
+            vectors is None
+            or vectors.s is None
+            or len(vectors.r) != 1
+            or part.dtype != torch.float32
+            or not part.is_contiguous()
+            or not compiled()
+        ):
+            return None
+        bundles, plane = -(-len(part) // vectors.bundle), part[0, 0].numel()
+        totals = torch.zeros(bundles, plane, dtype=torch.float64)
+        r = vectors.r[0].float().numpy()
+        return Tally(r, vectors.s.numpy(), vectors.bundle, totals)
+
+    def unblind(self, value: torch.Tensor, frame: Frame, into: torch.Tensor) -> None:
+        """Into memory of the enclave, which ``value`` lies in already; of the same shape."""
+        back = frame.cols.inverse
+        move_planes(
+            frame.planes(value),
+            frame.planes(into),
+            np.arange(len(frame.rows), dtype=np.int32),
+            back.index,
+            np.reciprocal(frame.rows.scale),
+            back.scale,
+            into=frame.rows.index,
+        )

@@ -1,0 +1,134 @@
+"""Nodes of the autograd graph: one linear map each, computed by a session's scheme."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cenacle.errors import InputError
+from cenacle.offload.fusion import State
+from cenacle.offload.schemes.base import Fused, Needs, Site
+
+if TYPE_CHECKING:
+    from cenacle.offload.session import Offload
+
+__all__ = ["Offloaded", "Use"]
+
+
+class Offloaded(torch.autograd.Function):
+    """One linear map as a node of the autograd graph."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        session: Offload,
+        site: Site,
+        state: State,
+        x: torch.Tensor,
+        w: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        scheme = session.scheme
+        if state.ready is not None:
+            y, state.ready = state.ready, None
+        else:
+            with session.profile.span(site.name, "forward"):
+                y, state.saved = scheme.forward(site, x, w, bias)
+        ctx.session, ctx.site, ctx.state = session, site, state
+        ctx.save_for_backward(x if scheme.keeps_input else None, w)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        session: Offload = ctx.session
+        session.check_open()
+        scheme, site, state = session.scheme, ctx.site, ctx.state
+        x, w = ctx.saved_tensors
+        needs = Needs(*ctx.needs_input_grad[3:])
+        spans = session.profile.span(site.name, "backward")
+        with spans, torch.no_grad(), session.eyes_shut():
+            if state.relu:
+                state.check()
+                fused = Fused(state.gate, state.pool)
+                found = scheme.backward_fused(site, state.saved, gy, fused, x, w, needs)
+            else:
+                found = scheme.backward(site, state.saved, gy, x, w, needs)
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            state.forget()
+        if torch.is_grad_enabled():  # create_graph=True
+            once: Any = _Once.apply
+            anchor = torch.zeros((), requires_grad=True)
+            return (None, None, None, *(None if g is None else once(g, anchor) for g in found))
+        return (None, None, None, *found)
+
+
+class Use:
+    """One use of a layer, of which several nodes of the graph may be made."""
+
+    def __init__(
+        self,
+        session: Offload,
+        place: Site,
+        x: torch.Tensor,
+        w: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> None:
+        self.place, self.x, self.w, self.bias = place, x, w, bias
+        self._session = session
+        self._versions = self._found()
+        self._bias = None if bias is None else bias.detach().clone()
+
+    @property
+    def site(self) -> str:
+        return self.place.name
+
+    def node(self, state: State) -> torch.Tensor:
+        found: torch.Tensor = Offloaded.apply(  # type: ignore[no-untyped-call]
+            self._session, self.place, state, self.x, self.w, self.bias
+        )
+        return found
+
+    def recover(self, state: State, *, relu: bool) -> torch.Tensor:
+        scheme = self._session.scheme
+        with self._session.profile.span(self.site, "forward"), torch.no_grad():
+            found = scheme.recover(self.place, state.saved, self._bias, relu=relu)
+            if found is not None:
+                full, state.gate = found
+                return full
+            if not self.unchanged() or self.x.is_inference():
+                raise InputError(
+                    "a layer's output is used in another way than in the pass before, and what "
+                    "it was computed from may be changed",
+                    found=self.site,
+                    remedy="run the model once more: this layer is not fused any more",
+                )
+            if relu:
+                full, state.gate, state.saved = scheme.forward_fused(
+                    self.place, self.x, self.w, self._bias, None
+                )
+            else:
+                full, state.saved = scheme.forward(self.place, self.x, self.w, self._bias)
+            return full
+
+    def unchanged(self) -> bool:
+        return self._found() == self._versions
+
+    def _found(self) -> list[int]:
+        given = (t for t in (self.x, self.w, self.bias) if t is not None)
+        return [0 if t.is_inference() else t._version for t in given]
+
+
+class _Once(torch.autograd.Function):
+    """A gradient that must not be differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: torch.Tensor, _: torch.Tensor) -> torch.Tensor:  # noqa: ARG004
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: torch.Tensor) -> None:  # noqa: ARG004
+        raise InputError(
+            "gradients of an offloaded model cannot be differentiated again",
+            remedy="take second derivatives of the model outside the `with offload(...)` block",
+        )
