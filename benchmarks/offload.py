@@ -308,7 +308,7 @@ def contest(
                     costs = session.profile.layers.items()
                     sent = {name for name, cost in costs if cost.products}
         print(f"a step of {kind}\n{session.profile.table()}")
-        if options.trace and kind == "train":
+        if options.trace and kind == ("infer" if options.scheme == "masked" else "train"):
             session.profile.write_trace(options.trace)
         stays = set(getattr(scheme, "kept", tuple)()) if resident else set()
         if resident:

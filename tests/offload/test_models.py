@@ -165,10 +165,8 @@ def test_the_benchmark_reports_its_figures(scheme: str, tmp_path: Any) -> None:
         emit=lambda _name, results, as_json: found.update(results),
     )
     kinds = ["infer"] if scheme == "masked" else ["train", "infer"]
-    for name in [
-        *(f"{kind}_{what}" for kind in kinds for what in ("speedup", "enclave_bound")),
-        "plain_ratio", "bound_ratio", "bytes_per_step", "enclave_peak_mb",
-    ]:  # fmt: skip
+    what = ("speedup", "enclave_bound", "plain_ratio", "bound_ratio", "bytes_per_step")
+    for name in [f"{kind}_{each}" for kind in kinds for each in (*what, "enclave_peak_mb")]:
         assert found[name] > 0, name
     assert 0 < found["rel_err"] < (1e-2 if scheme == "masked" else THRESHOLD)
     assert found["workers_lost"] == []

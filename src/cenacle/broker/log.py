@@ -31,6 +31,7 @@ from cenacle.errors import DocumentError, InputError, ProofError, SignatureError
 __all__ = [
     "LogEntryProof",
     "LogReader",
+    "PlacedEntry",
     "TransparencyLog",
     "TreeHead",
     "check_origin",

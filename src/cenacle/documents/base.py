@@ -298,8 +298,7 @@ def _check_value(value: Any) -> None:
                     _check_text(item)
             elif kind is dict:
                 if not all(name.isascii() for name in item):
-                    for name in item:
-                        _check_text(name)
+                    _check_text("".join(item))
                 below += item.values()
             elif kind is list:
                 below += item
