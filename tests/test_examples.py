@@ -35,6 +35,7 @@ def test_every_script_is_tested() -> None:
     assert scripts == {
         "library_use.py",
         "offload_training.py",
+        "private_training.py",
         "program_job/play.py",
         "program_job/program/main.py",
         "seal_and_read.py",
@@ -59,11 +60,23 @@ def test_offload_training(tmp_path: Path) -> None:
     pytest.importorskip("torch", reason="offloading needs torch (pip: cenacle[train])")
     lines = _run("offload_training.py", tmp_path / "x")
     assert float(lines[1].removeprefix("accuracy ")) > 0.9
-    assert lines[2] == "offloaded: 0, 3, 6"
-    assert lines[4] == "workers see inputs obfuscated, weights obfuscated"
+    assert [line.split()[0] for line in lines[4:8]] == ["0", "3", "6", "all"]  # costs by layer
+    assert lines[8] == "workers see inputs obfuscated, weights obfuscated"
     trace = json.loads((tmp_path / "x" / "trace.json").read_text())
     tracks = {event["args"]["name"] for event in trace["traceEvents"] if event["ph"] == "M"}
     assert tracks == {"enclave", "one", "two"}
+
+
+def test_private_training(tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason="training needs torch (pip: cenacle[train])")
+    pytest.importorskip("sklearn", reason="the digits come with scikit-learn (pip: cenacle[demo])")
+    lines = _run("private_training.py", tmp_path / "x")
+    assert float(lines[0].removeprefix("accuracy ")) > 0.7
+    assert lines[1].endswith("143.7 expected")
+    (event,) = json.loads(lines[2])
+    assert event["steps"] == 150
+    assert event["sampling"]["kind"] == "poisson"
+    assert event["secure"] is True
 
 
 @pytest.mark.usefixtures("program_layers")

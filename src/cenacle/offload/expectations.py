@@ -29,7 +29,7 @@ from cenacle.offload.contractions import (
 from cenacle.offload.matrices import multiply
 from cenacle.offload.passes import Sketch
 
-__all__ = ["contract_operand", "expected"]
+__all__ = ["compiled_sums", "contract_operand", "expected"]
 
 _NEIGHBOURS: Final = 1 / 16
 """Share of an image's largest error scale that every position is allowed: Winograd and FFT
