@@ -474,6 +474,28 @@ def test_honest_workers_are_never_doubted() -> None:
             assert within.losses == ()
 
 
+def test_double_precision_is_checked_as_finely() -> None:
+    model = dense().double()
+    optimizer = OPTIMIZERS["momentum"](model.parameters())
+    data = [(x.double(), y) for x, y in batches(20)]
+    with session(model, optimizer) as within:
+        train(model, optimizer, data)
+        within.bring_home()
+        assert within.fleet.verifier is not None
+        assert within.fleet.verifier.doubts == 0
+    model = dense().double()
+    optimizer = OPTIMIZERS["momentum"](model.parameters())
+
+    def lie(value: torch.Tensor) -> torch.Tensor:
+        value.view(-1)[7] += 1e-9  # far below what single precision could tell
+        return value
+
+    with session(model, optimizer, [Lying("liar", "combine", 4, lie)]) as within:
+        train(model, optimizer, data[:3])
+        within.bring_home()
+        assert [loss.name for loss in within.losses] == ["liar"]
+
+
 # ---------------------------------------------------------------------- refusals
 
 

@@ -222,7 +222,7 @@ class Verifier:
             repetitions = 1
         shared: Contracted | None = None
         if tracked is not None:
-            r, shared = tracked.contracted(operation, repetitions)
+            r, shared = tracked.contracted(operation, repetitions, operands[0].dtype)
         elif owner is None or inputs:
             r = self.signs(repetitions, features)
         else:

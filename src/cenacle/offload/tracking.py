@@ -109,7 +109,9 @@ class Tracked:
             noise = noise + torch.stack(self.vectors.energies(*found))
         return Tracked(self.vectors, forward, backward, noise)
 
-    def contracted(self, operation: Operation, repetitions: int) -> tuple[torch.Tensor, Contracted]:
+    def contracted(
+        self, operation: Operation, repetitions: int, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, Contracted]:
         """For the check of a product with the weight: the secret, and the weight under it."""
         back = operation.name == "conv_input" or (
             operation.name == "matmul" and not operation.attributes.get("transpose_b")
@@ -122,7 +124,7 @@ class Tracked:
         else:
             value = value[:, :repetitions]
         secret = self.vectors.q if back else self.vectors.r
-        return secret[:repetitions], Contracted(value.float(), energy[:repetitions])
+        return secret[:repetitions], Contracted(value.to(dtype), energy[:repetitions])
 
     def verify(self, found: torch.Tensor, site: str) -> None:
         """Raise :class:`IntegrityError` if ``found``, from a worker, is not what it has to be."""
