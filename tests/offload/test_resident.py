@@ -274,6 +274,36 @@ def test_however_gradients_are_forgotten(to_none: bool | None) -> None:
     assert equal(run(False), run(True))
 
 
+@pytest.mark.parametrize("check", [False, True])
+def test_a_gradient_kept_over_new_keys_is_refused(check: bool) -> None:
+    model, (x, y) = dense(), batches(1)[0]
+    optimizer = OPTIMIZERS["momentum"](model.parameters())
+    with session(model, optimizer, rekey=1, check=check):
+        functional.cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()  # new keys, and the gradient stays
+        with pytest.raises(InputError, match="change of its weight's keys"):
+            optimizer.step()
+        with pytest.raises(InputError, match="change of its weight's keys"):
+            functional.cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
+
+
+def test_looking_at_results_before_the_step_changes_no_keys() -> None:
+    data = batches(4)
+    want, _ = reference(dense, "momentum", data)
+    model = dense()
+    optimizer = OPTIMIZERS["momentum"](model.parameters())
+    with session(model, optimizer, rekey=2):
+        for x, y in data:
+            optimizer.zero_grad()
+            functional.cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
+            with torch.no_grad():
+                for _ in range(3):
+                    model(x)
+            optimizer.step()
+    for p, q in zip(want.parameters(), model.parameters(), strict=True):
+        assert torch.allclose(p, q, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "use",
     [

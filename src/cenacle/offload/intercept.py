@@ -7,7 +7,7 @@ else runs as it is. So no module is replaced, and nothing depends on how a model
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from cenacle.errors import InputError
 from cenacle.offload.attention import multi_head_attention, scaled_dot_product_attention
+from cenacle.offload.calls import tensors
 from cenacle.offload.maps import Convolution
 from cenacle.offload.products import (
     Engine,
@@ -182,14 +183,6 @@ class Interceptor(TorchFunctionMode):
         return None
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for one in value:
-            yield from _tensors(one)
-
-
 def _obstacle(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     """Why operands cannot be offloaded; empty if that is not worth a notice.
 
@@ -199,7 +192,7 @@ def _obstacle(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     if torch.is_autocast_enabled("cpu"):
         return "autocast"
     found: set[torch.dtype] = set()
-    for tensor in _tensors((args, tuple(kwargs.values()))):
+    for tensor in tensors((args, tuple(kwargs.values()))):
         if tensor.device.type != "cpu":
             raise InputError(
                 "a model that is offloaded computes on another device",

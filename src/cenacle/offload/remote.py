@@ -30,6 +30,7 @@ class Remote:
             ``source`` gives instead.
         shape, dtype: of the tensor.
         slot: which member of the fleet it prefers.
+        key: what it is blinded under, by identity; ``None`` if nobody has to compare it.
         tracked: secret contractions of what it has to be; ``None`` if nothing is checked.
         released: nobody asks for it any more; it may be needed to make others again.
     """
@@ -38,6 +39,7 @@ class Remote:
         "__weakref__",
         "_held",
         "dtype",
+        "key",
         "operands",
         "operation",
         "parcel",
@@ -72,6 +74,7 @@ class Remote:
         self.slot = slot
         self.tracked = tracked
         self.released = False
+        self.key: object | None = None
         self.source: Callable[[], Parcel] | None = None
         self.parcel: Parcel | None = None
         self.serial = next(_SERIALS)

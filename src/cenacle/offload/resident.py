@@ -20,6 +20,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from cenacle.errors import InputError
+from cenacle.offload.calls import tensors
 from cenacle.offload.fleet import Remote
 from cenacle.offload.updates import Rule
 
@@ -271,7 +272,7 @@ class Residency(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if not self._own and _name(func) not in _BLIND:
-            for tensor in _tensors((args, kwargs)):
+            for tensor in tensors((args, kwargs)):
                 self._seen(tensor)
         return func(*args, **(kwargs or {}))
 
@@ -326,14 +327,3 @@ def _name(func: Any) -> str:
     if name in {"__get__", "__set__"}:
         return str(getattr(getattr(func, "__self__", None), "__name__", ""))
     return str(name)
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for one in value.values():
-            yield from _tensors(one)
-    elif isinstance(value, list | tuple):
-        for one in value:
-            yield from _tensors(one)

@@ -20,6 +20,7 @@ from typing import Final
 import torch
 
 from cenacle.accelerators.protocol import Operation
+from cenacle.errors import InputError
 from cenacle.offload.fleet import Fleet, Parcel, Remote, Role
 from cenacle.offload.maps import Convolution, Dense, Product
 from cenacle.offload.schemes.base import Site
@@ -55,6 +56,7 @@ class Resident:
         updates: since the enclave's copies were the same.
         logged: bytes of operands kept since.
         uses: since it has these keys.
+        pending: a gradient under these keys may be waiting for a step.
     """
 
     parameter: torch.Tensor
@@ -71,6 +73,7 @@ class Resident:
     updates: int = 0
     logged: int = 0
     uses: int = 0
+    pending: bool = False
 
     @property
     def frame(self) -> Frame:
@@ -112,7 +115,7 @@ class ResidentWeights:
                 return None
         elif known.key != site.key:
             self._send(known, site.key)
-        elif known.uses >= self.rekey and not site.trains:
+        elif known.uses >= self.rekey and not site.trains and not known.pending:
             self._new_keys(known)
         known.uses += 1
         return known
@@ -165,7 +168,8 @@ class ResidentWeights:
             vectors, shape = weight.w.tracked.vectors, weight.w.shape
             tracked = gradient(vectors, gy.value, x.value, shape)
         weight.logged += gy.value.nbytes + x.value.nbytes
-        return self._fleet.compute(
+        weight.pending = True
+        found = self._fleet.compute(
             use.weight_gradient.operation,
             gy,
             x,
@@ -176,10 +180,15 @@ class ResidentWeights:
             slot=weight.w.slot,
             tracked=tracked,
         )
+        found.key = weight.inner
+        return found
 
     def add(self, one: Remote, other: Remote) -> Remote:
-        """The sum of two gradients."""
-        return add(self._fleet, one, other)
+        """The sum of two gradients. Raises :class:`InputError` if their keys differ."""
+        _same_keys(one, other.key)
+        found = add(self._fleet, one, other)
+        found.key = one.key
+        return found
 
     def update(self, weight: Resident, g: Remote | None, rule: Rule, state: Tensors) -> None:
         """One step of the optimizer. ``g``: the gradient, or zero.
@@ -187,6 +196,9 @@ class ResidentWeights:
         ``state``: the optimizer's own, unless the weight is ``lent``; sent if the worker has
         none, or another.
         """
+        if g is not None:
+            _same_keys(g, weight.inner)
+        weight.pending = False
         if not weight.lent and _versions(state) != weight.versions:
             weight.before, weight.versions = dict(state), _versions(state)
             weight.slots = self._send_slots(weight, state)
@@ -283,6 +295,15 @@ class ResidentWeights:
         product = Product(Operation("identity"), (False,), unchecked=True)
         job = self._fleet.product(product, remote, site=weight.site, slot=remote.slot)
         return job.result(verify)
+
+
+def _same_keys(g: Remote, key: object) -> None:
+    if g.key is not key:
+        raise InputError(
+            f"a gradient of {g.site} was kept over a change of its weight's keys",
+            expected="gradients that are forgotten after each step",
+            remedy="call zero_grad() after optimizer.step(), or raise rekey",
+        )
 
 
 def _versions(state: Tensors) -> dict[str, tuple[int, int]]:
