@@ -24,6 +24,15 @@ settings.register_profile("cenacle", deadline=None)
 settings.load_profile("cenacle")
 
 
+def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str) -> str | None:
+    """Names long byte strings by their argument: pytest would put the bytes into the test's name.
+
+    A key, a signature or a compressed body differs from process to process, and xdist refuses
+    workers that collected tests of different names.
+    """
+    return argname if isinstance(val, bytes) and len(val) > 16 else None
+
+
 @pytest.fixture(scope="session")
 def program_layers() -> None:
     """Skips where the sandbox cannot confine a program."""

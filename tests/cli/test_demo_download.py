@@ -116,7 +116,11 @@ def test_what_is_there_is_not_fetched_again(mirror: Mirror, tmp_path: Path) -> N
     assert mirror.asked == []
 
 
-@pytest.mark.parametrize("damage", [b"", b"not gzip", gzip.compress(b"another")])
+@pytest.mark.parametrize(
+    "damage",
+    [b"", b"not gzip", gzip.compress(b"another", mtime=0)],
+    ids=["empty", "not gzip", "another content"],
+)
 def test_what_is_there_but_damaged_is_fetched_again(
     damage: bytes, mirror: Mirror, tmp_path: Path
 ) -> None:
