@@ -16,7 +16,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 demo: install
-	$(BIN)/cenacle demo hospitals
+	$(BIN)/cenacle demo hospitals --dir demo-work
 
 test: install
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup

@@ -19,7 +19,8 @@ from cenacle.broker.identity import BrokerKeys
 from cenacle.broker.messages import AssetDeposit, AssetUpload, Registration, SignatureUpload
 from cenacle.broker.service import Broker
 from cenacle.broker.store import Store
-from cenacle.cli.demo_hospitals import HOSPITALS, hospital_job
+from cenacle.cli.demo_hospitals import hospital_job
+from cenacle.cli.demo_patients import HOSPITALS
 from cenacle.crypto import HpkePrivateKey, SecretBytes, SigningKey
 from cenacle.documents.asset import Asset
 from cenacle.documents.base import b64, format_time
@@ -37,9 +38,15 @@ _EXPIRES: Final = "2099-12-31"
 
 @dataclass(frozen=True)
 class Prepared:
-    """Contracts that wait for their enclaves, and what an enclave must show."""
+    """Contracts that wait for their enclaves, and what an enclave must show.
+
+    Attributes:
+        contracts: all on the same three assets.
+        apart: each on three assets of its own.
+    """
 
     contracts: tuple[str, ...]
+    apart: tuple[str, ...]
     measurements: dict[str, str]
 
 
@@ -53,10 +60,13 @@ def _layout() -> dict[str, Any]:
     return {"form": "table", "rows": 190, "columns": [*columns, {"name": "diagnosis"}]}
 
 
-def prepare(folder: Path, target: str, count: int, installation: SigningKey) -> Prepared:
+def prepare(
+    folder: Path, target: str, count: int, installation: SigningKey, *, apart: int = 0
+) -> Prepared:
     """Make a broker's folder and store with ``count`` signed contracts on the same three assets.
 
-    Everything goes through the broker's own methods, as if the parties had sent it.
+    And with ``apart`` contracts that share no asset. Everything goes through the broker's own
+    methods, as if the parties had sent it.
     """
     keys = BrokerKeys.open(folder, ORIGIN)
     with Store.open(target) as store:
@@ -69,7 +79,7 @@ def prepare(folder: Path, target: str, count: int, installation: SigningKey) -> 
         }
         reference = {**measurements, "installation": _installation(installation)}
 
-        def contract(number: int) -> str:
+        def contract(number: int, assets: dict[str, str]) -> str:
             document = Contract.from_fields(
                 {
                     "name": f"diagnosis-model-{number}",
@@ -105,9 +115,17 @@ def prepare(folder: Path, target: str, count: int, installation: SigningKey) -> 
             return digest
 
         with ThreadPoolExecutor(16) as pool:
-            contracts = tuple(pool.map(contract, range(count)))
+            contracts = tuple(pool.map(lambda number: contract(number, assets), range(count)))
+            alone = tuple(
+                pool.map(
+                    lambda number: contract(
+                        number, {n: _deposit(broker, *parties[n], number) for n in HOSPITALS}
+                    ),
+                    range(count, count + apart),
+                )
+            )
     program = recipe.program_digest()
-    return Prepared(contracts, {**measurements, "program": program})
+    return Prepared(contracts, alone, {**measurements, "program": program})
 
 
 def _installation(key: SigningKey) -> str:
@@ -155,11 +173,13 @@ def _invitation(broker: Broker, owner: str, key: SigningKey) -> str:
     return broker.invite(Envelope.sign(request, key)).token
 
 
-def _deposit(broker: Broker, owner: Party, signing: SigningKey, _: HpkePrivateKey) -> str:
+def _deposit(
+    broker: Broker, owner: Party, signing: SigningKey, _: HpkePrivateKey, number: int | None = None
+) -> str:
     digest = _measured(owner.name)
     asset = Asset.from_fields(
         {
-            "name": f"{owner.name}-records",
+            "name": f"{owner.name}-records" + ("" if number is None else f"-{number}"),
             "owner": owner.name,
             "owner_digest": owner.digest,
             "type": "dataset",

@@ -16,32 +16,43 @@ pytest.importorskip("sklearn", reason="the data comes with scikit-learn (pip: ce
 HOSPITALS = ("hospital-a", "hospital-b", "hospital-c")
 
 
-@pytest.mark.processes
-def test_the_demonstration_plays_and_its_figures_are_the_last_line(tmp_path: Path) -> None:
-    folder = tmp_path / "demo"
+def _play(folder: Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     environment = {n: v for n, v in os.environ.items() if n != "CENACLE_HOME"}
-    played = subprocess.run(
-        [sys.executable, "-m", "cenacle", "demo", "hospitals", "--json", "--dir", str(folder)],
+    command = [sys.executable, "-m", "cenacle", "demo", "hospitals", "--json"]
+    return subprocess.run(
+        [*command, "--dir", str(folder), "--budget", "1.2"],
         capture_output=True,
         text=True,
         check=False,
         env=environment,
-        cwd=tmp_path,
+        cwd=cwd,
     )
+
+
+@pytest.mark.processes
+def test_the_demonstration_plays_until_the_budget_refuses(tmp_path: Path) -> None:
+    folder = tmp_path / "demo"
+    played = _play(folder, tmp_path)
     assert played.returncode == 0, played.stderr
     figures = json.loads(played.stdout.splitlines()[-1])
-    assert sorted(figures) == ["accuracy_pooled", "accuracy_single", "receipt", "seconds"]
+    assert {"accuracy_pooled", "accuracy_single", "receipt", "seconds"} < set(figures)
     assert len(figures["accuracy_single"]) == 3
     assert all(figures["accuracy_pooled"] > alone for alone in figures["accuracy_single"])
     assert figures["seconds"] > 0
+    assert figures["job"] == 1
+    for spent, left in zip(figures["epsilon_spent"], figures["epsilon_left"], strict=True):
+        assert 0.99 < spent <= 1.0
+        assert left == pytest.approx(1.2 - spent)
 
     # Every command was shown as it ran, on the other stream.
-    for words in ("party new", "seal records.csv", "propose", "review", "sign", "run", "verify"):
-        assert f"cenacle {words}" in played.stderr
+    words = "party new/seal records.csv/propose/review/sign/run/verify/evaluate/budget"
+    for command in words.split("/"):
+        assert f"cenacle {command}" in played.stderr
     assert "Traceback" not in played.stderr
 
     receipt = Path(figures["receipt"])
     assert receipt.is_file()
+    environment = {n: v for n, v in os.environ.items() if n != "CENACLE_HOME"}
     verified = subprocess.run(
         [sys.executable, "-m", "cenacle", "verify", str(receipt), "--json"],
         capture_output=True,
@@ -54,12 +65,26 @@ def test_the_demonstration_plays_and_its_figures_are_the_last_line(tmp_path: Pat
     assert found["protection"] == "simulated"
     assert set(found["inputs"]) == set(HOSPITALS)
     assert found["signed"] == list(HOSPITALS)
+    assert found["privacy"]["description"].startswith("(1, 0.0001)-differential privacy")
+    (event,) = found["privacy"]["events"]
+    assert (event["steps"], event["sampling_probability"]) == (100, 0.1)
 
     # The clinic opened the model; nobody else has plaintext of anybody's records.
     assert (folder / "clinic" / "model.safetensors").is_file()
     row = (folder / "hospital-a" / "records.csv").read_text().splitlines()[1]
     others = (p for p in folder.rglob("*") if p.is_file() and p.name != "records.csv")
     assert not [p for p in others if row.encode() in p.read_bytes()]
+
+    # Once more on the same patients: refused before any key leaves, with the figures.
+    again = _play(folder, tmp_path)
+    assert again.returncode == 4, again.stderr
+    refusal = json.loads(again.stdout.splitlines()[-1])
+    assert refusal["error"] == "RefusedError"
+    assert "the privacy budget allows no job number 2" in refusal["what"]
+    assert "0.2" in refusal["found"]
+    assert "of epsilon 1.2 left at delta 0.0001, after 1 jobs" in refusal["found"]
+    assert "FAILED" in again.stderr
+    assert not (folder / "operator" / "results-2" / "model.sealed").exists()
 
 
 @pytest.mark.slow

@@ -33,12 +33,14 @@ broker invite
 broker pin
 broker show
 broker start
+budget
 contracts
 demo hospitals
 demo images
 draft
 enclave layers
 enclave measure
+evaluate
 log
 offload profile
 offload schemes

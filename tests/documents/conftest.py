@@ -27,6 +27,7 @@ from cenacle.documents import (
     match_terms,
 )
 from cenacle.documents.base import b64
+from cenacle.documents.privacy import PrivacyLoss
 
 NAMES = ("hospital-a", "hospital-b", "clinic")
 
@@ -184,7 +185,7 @@ def receipt_fields(contract: Contract, assets: dict[str, Asset]) -> dict[str, An
             }
             for output in contract.outputs
         ],
-        "privacy": "no differential privacy: epsilon unbounded",
+        "privacy": "none: the outputs are not differentially private",
         "offload": {
             "scheme": "enclave",
             "inputs": "hidden",
@@ -288,6 +289,7 @@ class Scenario:
     now: datetime = datetime(2027, 2, 1, 10, tzinfo=UTC)
     signed: frozenset[str] = frozenset({"hospital-a", "hospital-b", "clinic"})
     facts: UseFacts | None = field(default_factory=lambda: UseFacts(protection="measured", uses=0))
+    loss: PrivacyLoss | None = None
 
     def build(self) -> tuple[Contract, dict[str, Asset]]:
         terms = {k: v for k, v in {**TERMS, **self.terms}.items() if k not in self.without}
@@ -305,7 +307,13 @@ class Scenario:
     def clauses(self, alias: str = "a") -> list[Clause]:
         contract, assets = self.build()
         return match_terms(
-            alias, assets, contract, now=self.now, signed=self.signed, facts=self.facts
+            alias,
+            assets,
+            contract,
+            now=self.now,
+            signed=self.signed,
+            facts=self.facts,
+            loss=self.loss,
         )
 
 

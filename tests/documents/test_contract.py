@@ -255,3 +255,59 @@ def test_the_weakest_accepted_kind_counts(
 ) -> None:
     contract_example["enclave"]["reference"] = {kind: {"package": [OTHER]} for kind in kinds}
     assert Contract.from_fields(contract_example).enclave.weakest == weakest
+
+
+# --- privacy plans ------------------------------------------------------------------------
+
+
+PLAN: Fields = {
+    "epsilon": 1.0,
+    "delta": 1e-5,
+    "clipping_norm": 1.0,
+    "noise_multiplier": 2.0,
+    "sampling_probability": 0.1,
+    "metrics_noise": 3.0,
+}
+
+
+def _private(fields: Fields) -> Fields:
+    fields["privacy"] = dict(PLAN)
+    fields["job"]["recipe"]["data"]["standardize"] = False
+    fields["job"]["recipe"]["holdout"] = {"stratified": False}
+    return fields
+
+
+def test_a_contract_with_a_privacy_plan(contract_example: Fields) -> None:
+    assert Contract.from_fields(copy.deepcopy(contract_example)).privacy_events == ()
+    contract = Contract.from_fields(_private(contract_example))
+    training, counting = contract.privacy_events
+    assert (training.steps, training.noise_multiplier) == (200, 2.0)
+    assert (counting.steps, counting.noise_multiplier) == (1, 3.0)
+    assert contract.protects("a")
+    assert not contract.protects("trainer")
+    assert Contract.from_yaml(contract.to_yaml().encode()).digest == contract.digest
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (put("privacy", "noise_multiplier", value=None), "cenacle draft"),
+        (drop("privacy", "metrics_noise"), "metrics are exact"),
+        (put("job", "recipe", "data", "standardize", value=True), "standardize"),
+        (put("offload", value={"scheme": "lowrank"}), "cannot be kept under offload lowrank"),
+        (put("privacy", "epsilon", value=0.0), "epsilon"),
+    ],
+)
+def test_a_plan_that_could_not_be_kept(
+    contract_example: Fields, change: Callable[[Fields], None], problem: str
+) -> None:
+    fields = _private(contract_example)
+    change(fields)
+    with pytest.raises(DocumentError, match=problem):
+        Contract.from_fields(fields)
+
+
+def test_a_program_has_no_privacy_plan(program_contract_example: Fields) -> None:
+    program_contract_example["privacy"] = dict(PLAN)
+    with pytest.raises(DocumentError, match="a privacy plan is for recipes"):
+        Contract.from_fields(program_contract_example)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from cenacle.documents import Terms, UseFacts, all_met, failed, match_terms
 from cenacle.documents.clauses import Clause, check
+from cenacle.documents.privacy import PrivacyLoss
 
 Scenario = Any  # of conftest, which tests cannot import
 
@@ -389,3 +391,56 @@ def test_a_remedy_stands_only_where_something_failed() -> None:
     assert check("s", "n", False, 1, 2, "do") == Clause(
         subject="s", name="n", found="1", demanded="2", verdict="failed", remedy="do"
     )
+
+
+# --- privacy budgets -----------------------------------------------------------------------
+
+
+def _with_plan(scenario: Scenario, **changes: Any) -> Clause:
+    """The privacy clause of an asset with a budget of epsilon 2, under a plan of epsilon 1."""
+    job = copy.deepcopy(scenario().job)
+    job["recipe"]["data"]["standardize"] = False
+    job["recipe"]["holdout"] = {"stratified": False}
+    plan = {
+        "epsilon": 1.0,
+        "delta": 1e-5,
+        "clipping_norm": 1.0,
+        "noise_multiplier": 2.0,
+        "sampling_probability": 0.1,
+        "metrics_noise": 3.0,
+    }
+    example = scenario(
+        job=job,
+        terms={"privacy": {"epsilon": 2.0, "delta": 1e-6}},
+        contract={"privacy": plan},
+        **changes,
+    )
+    (clause,) = [c for c in example.clauses() if c.name == "privacy"]
+    return clause  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("loss", "verdict", "found"),
+    [
+        (PrivacyLoss(0.0, 2.0), "met", "epsilon 2 with this job, 0 before it, at delta 1e-06"),
+        (PrivacyLoss(1.2, 2.0000001), "failed", "1.2 before it"),
+        (PrivacyLoss(math.inf, math.inf), "failed", "unbounded with this job, unbounded before"),
+        (None, "pending", "epsilon <= 1 at delta 1e-05 for this job"),
+    ],
+)
+def test_what_jobs_cost_together_is_held_against_the_budget(
+    scenario: Scenario, loss: PrivacyLoss | None, verdict: str, found: str
+) -> None:
+    clause = _with_plan(scenario, loss=loss)
+    assert clause.verdict == verdict
+    assert found in clause.found
+    assert clause.demanded == "epsilon <= 2 at delta 1e-06 over all jobs"
+    assert (clause in failed([clause])) == (verdict != "met")
+
+
+def test_a_review_leaves_a_budget_that_suffices_pending(scenario: Scenario) -> None:
+    assert _with_plan(scenario, loss=PrivacyLoss(0.0, 1.0), facts=None).verdict == "pending"
+    short = _with_plan(scenario, loss=PrivacyLoss(1.5, 2.1), facts=None)
+    assert short.verdict == "failed"
+    assert short.remedy is not None
+    assert short.remedy.startswith("0.5 is left")

@@ -326,3 +326,30 @@ def test_the_guide_names_every_layer() -> None:
     names = {name for op in ops for name in re.findall(r"\w+", op)}
     assert len(names) > 20
     assert {name for name in names if f"`{name}`" not in guide} == set()
+
+
+def test_public_ranges_of_features() -> None:
+    document = fields()
+    document["data"] |= {"standardize": False, "ranges": {"radius": [5, 30.5]}}
+    recipe = Recipe.from_fields(document)
+    assert recipe.data.form == "table"
+    assert recipe.data.ranges == {"radius": (5.0, 30.5)}
+    assert Recipe.from_fields(parse_json(recipe.canonical_bytes())) == recipe
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"standardize": True}, "set standardize: false"),
+        ({"ranges": {"radius": [3, 3]}}, "the range of 'radius' is empty"),
+        ({"ranges": {"radius": [3, 1]}}, "the range of 'radius' is empty"),
+        ({"ranges": {"radius": [3]}}, "ranges"),
+        ({"ranges": {}}, "ranges"),
+        ({"ranges": {"radius": [0, 1e31]}}, "ranges"),
+    ],
+)
+def test_ranges_that_make_no_sense(change: dict[str, Any], problem: str) -> None:
+    document = fields()
+    document["data"] |= {"standardize": False, "ranges": {"radius": [5, 30]}} | change
+    with pytest.raises(DocumentError, match=problem):
+        Recipe.from_fields(document)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from cenacle.cli.demo_hospitals import hospital_patients
+from cenacle.cli.demo_patients import hospital_patients
 from cenacle.documents.recipe import Recipe
 from cenacle.training import MemoryTable
 

@@ -254,3 +254,10 @@ def test_sealed_table_is_a_source(tmp_path: Path, make_recipe: Callable[..., Rec
         assert not isinstance(sealed, TensorSource)
         dataset = load_dataset(make_recipe(), sources(sealed))
     assert dataset.digest == load_dataset(make_recipe(), sources(table())).digest
+
+
+def test_ranges_name_features(make_recipe: Callable[..., Recipe]) -> None:
+    data = make_recipe().to_fields()["data"] | {"standardize": False}
+    recipe = make_recipe(data=data | {"ranges": {"x": [0, 1], "z": [0, 1], "label": [0, 1]}})
+    with pytest.raises(DataError, match=r"ranges of columns that are no features.*'label', 'z'"):
+        load_dataset(recipe, sources(table()))

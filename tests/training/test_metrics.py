@@ -13,6 +13,7 @@ from cenacle.training.metrics import (
     classification_metrics,
     confusion_matrix,
     log_loss,
+    noisy_classification_metrics,
     regression_metrics,
     rmse,
 )
@@ -68,3 +69,23 @@ def test_regression() -> None:
 
 def test_a_certain_mistake_costs_a_bounded_loss() -> None:
     assert log_loss(np.array([0]), np.array([[0.0, 1.0]])) == pytest.approx(-np.log(1e-15))
+
+
+@pytest.mark.parametrize(
+    ("noisy", "accuracy", "balanced"),
+    [
+        ([[40.0, 10.0], [5.0, 45.0]], 0.85, 0.85),
+        ([[60.0, -3.0], [-1.0, 70.0]], 1.0, 1.0),
+        ([[-4.0, 50.0], [40.0, -2.0]], 0.0, 0.0),
+        # A class whose number drowns in the noise is not counted; with none there is no mean.
+        ([[80.0, 20.0], [1.0, 4.0]], 0.84, 0.8),
+        ([[1.0, -2.0], [1.0, 3.0]], 0.04, None),
+    ],
+)
+def test_noisy_counts_give_figures_in_range(
+    noisy: list[list[float]], accuracy: float, balanced: float | None
+) -> None:
+    measured = noisy_classification_metrics(np.array(noisy), 100, 2.0)
+    assert measured.pop("accuracy") == pytest.approx(accuracy)
+    assert measured.pop("balanced_accuracy") == (balanced and pytest.approx(balanced))
+    assert measured == {"rows": 100, "noisy": True, "noise_std": 2.0, "confusion": noisy}

@@ -97,3 +97,46 @@ def test_refuses_contradictions(change: dict[str, Any]) -> None:
     Preprocessing.from_fields(sound)
     with pytest.raises(DocumentError):
         Preprocessing.from_fields(sound | change)
+
+
+def ranged(make_recipe: MakeRecipe, ranges: dict[str, list[float]]) -> Recipe:
+    data = make_recipe().to_fields()["data"]
+    return make_recipe(data=data | {"standardize": False, "ranges": ranges})
+
+
+def test_ranges_clamp_and_scale(make_recipe: MakeRecipe) -> None:
+    recipe = ranged(make_recipe, {"b": [10, 20], "c": [-1e30, 1e30]})
+    x = np.array([[5.0, 9.0, 0.0], [-7.0, 15.0, 1e35], [0.5, 30.0, -1e30]])
+    scaling = Preprocessing.fit(recipe, (3,), x, np.zeros(3, int), ("a", "b", "c"))
+    np.testing.assert_array_equal(
+        scaling.apply(x), np.array([[5, -1, 0], [-7, 0, 1], [0.5, 1, -1]], np.float32)
+    )
+    assert scaling.ranges == (None, (10.0, 20.0), (-1e30, 1e30))
+    assert x[1, 2] == 1e35  # the stored values stay
+    again = Preprocessing.from_fields(scaling.to_fields())
+    np.testing.assert_array_equal(again.apply(x), scaling.apply(x))
+    # They are the recipe's: no row moves them.
+    assert Preprocessing.fit(recipe, (3,), x[:1], np.zeros(1, int), ("a", "b", "c")) == scaling
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"ranges": [[0.0, 1.0]]},
+        {"ranges": [[1.0, 0.0], None]},
+        {"ranges": [[0.0, 0.0], None]},
+        {"integers": True},
+        {"shape": [1, 2]},
+        {"inputs": {"mean": [0.0, 0.0], "std": [1.0, 1.0]}},
+    ],
+)
+def test_ranges_that_do_not_fit(change: dict[str, Any]) -> None:
+    fields: dict[str, Any] = {
+        "shape": [2],
+        "integers": False,
+        "scale": 1.0,
+        "ranges": [[0.0, 1.0], None],
+    }
+    Preprocessing.from_fields(fields)
+    with pytest.raises(DocumentError):
+        Preprocessing.from_fields(fields | change)

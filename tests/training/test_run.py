@@ -14,12 +14,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sklearn.datasets import load_diabetes, load_digits
 
-from cenacle.cli.demo_hospitals import hospital_job
 from cenacle.documents.recipe import Recipe
 from cenacle.errors import CenacleError, DataError, DocumentError
 from cenacle.training import MemoryTable, MemoryTensors, load_model, predict, train
 from cenacle.training.data import load_dataset
 from cenacle.training.split import split_rows
+from tests.support.hospitals import hospital_job
 
 MakeRecipe = Callable[..., Recipe]
 Tables = dict[str, MemoryTable]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -85,3 +86,18 @@ def test_draws_are_named() -> None:
         draws(1, "x", "2"),
     ]
     assert len(set(places)) == len(places)
+
+
+def test_subjects_are_split_by_their_number(make_recipe: Callable[..., Recipe]) -> None:
+    recipe = make_recipe(holdout={"fraction": 0.25, "stratified": False})
+    subjects = np.repeat(np.arange(12), np.arange(1, 13))
+    labels = np.zeros(len(subjects), dtype=np.int64)
+
+    def held(subjects: Any, labels: Any) -> set[int]:
+        rows = PartyRows("a", np.zeros((len(labels), 1)), labels, subjects)
+        split = split_rows(recipe, Dataset((rows,), None))[0]
+        assert not set(subjects[split.training]) & set(subjects[split.holdout])
+        return set(subjects[split.holdout])
+
+    assert len(held(subjects, labels)) == 3
+    assert held(np.arange(12), labels[:12]) == held(subjects, labels) == held(subjects, labels + 1)

@@ -13,9 +13,10 @@ from sklearn.linear_model import LogisticRegression
 
 from cenacle.documents.recipe import Recipe
 from cenacle.errors import EnclaveError, VerificationError
+from cenacle.training.loop import Rows, learning_rate, reproducible
 from cenacle.training.models import build_model, model_tensors
 from cenacle.training.randomness import torch_generator
-from cenacle.training.trainer import Batches, Rows, Trainer, learning_rate, reproducible
+from cenacle.training.trainer import Batches, Trainer
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -142,14 +143,14 @@ def test_cosine_schedule(make_recipe: MakeRecipe) -> None:
         schedule={"type": "cosine", "warmup_epochs": 2, "final": 0.1},
         epochs=12,
     )
-    rates = [learning_rate(recipe, step, 10) for step in range(120)]
+    rates = [learning_rate(recipe, step, 120) for step in range(120)]
     assert rates[:3] == pytest.approx([0.1, 0.2, 0.3])
     assert rates[19] == rates[20] == 2.0
     assert rates[70] == pytest.approx(2.0 * (0.1 + 0.9 / 2))
     assert rates[-1] == pytest.approx(0.2, rel=0.01)
     assert all(a >= b for a, b in pairwise(rates[19:]))
     constant = make_recipe(optimizer={"type": "sgd", "learning_rate": 2.0})
-    assert learning_rate(constant, 99, 10) == 2.0
+    assert learning_rate(constant, 99, 120) == 2.0
 
 
 def test_a_loss_that_is_not_finite_stops_training(make_recipe: MakeRecipe) -> None:

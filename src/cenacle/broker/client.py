@@ -19,6 +19,7 @@ from cenacle.broker.log import TreeHead, parse_and_verify_head, verify_consisten
 from cenacle.broker.messages import (
     AssetDeposit,
     AssetUpload,
+    BudgetView,
     CheckpointRecord,
     ContractView,
     Invitation,
@@ -156,6 +157,11 @@ class BrokerClient:
         body = self._request(key, party, "list-contracts")
         found = self._post(body, "contracts", "of-party")
         return [(_text(item, "digest"), _text(item, "name")) for item in _list(found)]
+
+    def budget(self, key: SigningKey, party: str, asset: str) -> BudgetView:
+        """What jobs have spent of the budget of an asset that ``party`` owns."""
+        body = self._request(key, party, "budget", asset)
+        return BudgetView.from_fields(self._post(body, "budgets"))
 
     # ------------------------------------------------------------------ assets and contracts
 

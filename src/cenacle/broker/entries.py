@@ -9,6 +9,7 @@ from typing import Literal
 
 from cenacle.broker.messages import SettledOutput
 from cenacle.documents.base import Digest, Document, Name, Natural, NonEmpty, Timestamp
+from cenacle.documents.privacy import PrivacyEvent
 from cenacle.documents.protection import Protection
 
 __all__ = [
@@ -70,7 +71,8 @@ class ReleaseEntry(LogRecord):
     """Durable before any key leaves.
 
     ``enclave_key`` is the key id of the enclave's signing key; ``uses`` gives, per asset
-    manifest, how many runs are charged now, this one counted.
+    manifest, how many runs are charged now, this one counted; ``privacy``, what a contract with
+    a privacy plan may cost the records at most.
     """
 
     kind: Literal["release"] = "release"
@@ -82,6 +84,7 @@ class ReleaseEntry(LogRecord):
     protection: Protection
     enclave_key: NonEmpty
     uses: dict[Digest, Natural]
+    privacy: tuple[PrivacyEvent, ...] | None = None
 
 
 class CheckpointEntry(LogRecord):
@@ -106,3 +109,4 @@ class SettlementEntry(LogRecord):
     contract: Digest
     receipt: Digest
     outputs: tuple[SettledOutput, ...]
+    privacy: tuple[PrivacyEvent, ...] | None = None

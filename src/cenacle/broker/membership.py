@@ -16,6 +16,7 @@ from cenacle.attestation.registry import VerifierSet
 from cenacle.broker.entries import LogRecord, PartyEntry
 from cenacle.broker.identity import BrokerIdentity, BrokerKeys
 from cenacle.broker.log import TransparencyLog
+from cenacle.broker.losses import Losses
 from cenacle.broker.messages import Invitation, PartyRequest, Registration
 from cenacle.broker.nonces import NonceKey
 from cenacle.broker.records import load_party
@@ -60,6 +61,7 @@ class Membership:
         self.verifiers: Final = verifiers
         self.clock = clock
         self.log = TransparencyLog(keys.identity.origin, keys.signing_key, clock)
+        self.losses: Final = Losses()
         self.nonces = NonceKey(derive_key(keys.signing_key.seed(), "broker/nonce"))
         self.digest: Final = keys.identity.digest  # of the keys, so no address changes it
 

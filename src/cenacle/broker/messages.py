@@ -21,12 +21,14 @@ from cenacle.documents.base import (
     Timestamp,
 )
 from cenacle.documents.clauses import Clause
+from cenacle.documents.privacy import PrivacyEvent
 from cenacle.documents.receipt import LogInclusion
 from cenacle.documents.terms import OutputKind
 
 __all__ = [
     "AssetDeposit",
     "AssetUpload",
+    "BudgetView",
     "CheckpointRecord",
     "ContractView",
     "Invitation",
@@ -60,7 +62,7 @@ class PartyRequest(Document):
     version: Literal[1] = 1
     broker: Digest
     party: Name
-    action: Literal["invite", "list-contracts", "abandon"]
+    action: Literal["invite", "list-contracts", "abandon", "budget"]
     subject: str = ""
     issued: Timestamp
     nonce: Base64
@@ -103,6 +105,28 @@ class ContractView(Frozen):
     assets: dict[Name, EnvelopeFields]
     vetoes: tuple[EnvelopeFields, ...]
     replaced_by: Digest | None = None
+
+
+class BudgetView(Frozen):
+    """What jobs have cost the data of an asset.
+
+    Attributes:
+        epsilon, delta: the asset's budget; ``None``: it is unbounded.
+        spent: the epsilon of all jobs at ``delta``; ``None`` if one of them had no plan, or if
+            the budget is unbounded.
+        jobs: that were charged under a plan.
+        unbounded: that were charged without one.
+        events: all that plans were charged for, with how often.
+    """
+
+    asset: Digest
+    name: Name
+    epsilon: float | None = None
+    delta: float | None = None
+    spent: float | None = None
+    jobs: Natural
+    unbounded: Natural
+    events: tuple[PrivacyEvent, ...] = ()
 
 
 class ReviewView(Frozen):
@@ -164,7 +188,8 @@ class SettledOutput(Frozen):
 class Settlement(Document):
     """The enclave's signed account of a finished run: what left, for whom.
 
-    ``receipt`` is the digest of the signed statement.
+    ``receipt`` is the digest of the signed statement; ``privacy`` is what was spent under the
+    contract's privacy plan.
     """
 
     media_type = "application/vnd.cenacle.settlement+json"
@@ -175,6 +200,7 @@ class Settlement(Document):
     contract: Digest
     receipt: Digest
     outputs: Annotated[tuple[SettledOutput, ...], Field(min_length=1)]
+    privacy: tuple[PrivacyEvent, ...] | None = None
 
 
 def release_context(contract: str, run: str, nonce: bytes) -> tuple[bytes, ...]:

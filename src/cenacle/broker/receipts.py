@@ -16,6 +16,7 @@ from cenacle.attestation.registry import VerifierSet
 from cenacle.broker.entries import ReleaseEntry, SettlementEntry
 from cenacle.broker.identity import BrokerIdentity
 from cenacle.broker.log import LogEntryProof, TreeHead, parse_and_verify_head
+from cenacle.broker.losses import Losses, until_accounted
 from cenacle.broker.messages import SettledOutput
 from cenacle.broker.rules import Facts, decide, require
 from cenacle.crypto.signing import VerifyKey
@@ -25,6 +26,7 @@ from cenacle.documents.contract import Contract
 from cenacle.documents.dsse import Envelope
 from cenacle.documents.offload import EnclavePlan, MeasuredPlan
 from cenacle.documents.party import Party
+from cenacle.documents.privacy import PrivacyRecord
 from cenacle.documents.receipt import LogInclusion, Receipt, ReceiptBundle, Statement
 from cenacle.errors import ProofError
 
@@ -184,6 +186,17 @@ def verify_receipt(
         release.time,
     )
     released = parse_time(release.time)
+    _must(
+        (release.privacy or ()) == opened.contract.privacy_events,
+        "the log's release entry charges another privacy loss",
+        [event.to_fields() for event in release.privacy or ()],
+        [event.to_fields() for event in opened.contract.privacy_events],
+    )
+    # Of this job alone: what others were charged is in the broker's ledger, not in a receipt.
+    accountant = Losses()
+    promised, losses = until_accounted(
+        accountant, lambda: accountant.compose(opened.contract, opened.assets, lambda _: ())
+    )
     claims = verifiers.for_kind(evidence.kind).authenticate(evidence, bound, released)
     # The verifier adds what only the platform vouches for, e.g. the installation.
     shown = {name: claims.measurements.get(name) for name in receipt.measurements}
@@ -204,6 +217,8 @@ def verify_receipt(
                 now=released,
                 # The ledger is the broker's; its state at that moment is not in a receipt.
                 uses=dict.fromkeys(opened.assets, 0),
+                promised=promised,
+                losses=losses,
                 claims=claims,
             )
         )
@@ -221,6 +236,11 @@ def verify_receipt(
         ("contract", settled.contract, receipt.contract),
         ("receipt", settled.receipt, statement_envelope.digest),
         ("set of outputs", settled.outputs, outputs),
+        (
+            "privacy loss",
+            settled.privacy,
+            None if isinstance(receipt.privacy, str) else receipt.privacy.events,
+        ),
     )
     for what, shown_there, stated_here in links:
         _must(
@@ -256,6 +276,33 @@ def _check_statement(receipt: Receipt, opened: OpenedContract) -> None:
         opened.contract.offload.scheme,
     )
     _check_accelerators(receipt, opened.contract)
+    _check_privacy(receipt, opened.contract)
+
+
+def _check_privacy(receipt: Receipt, contract: Contract) -> None:
+    """What was spent is what the contract's plan allows, and is described as such."""
+    stated, plan, planned = receipt.privacy, contract.privacy, contract.privacy_events
+    if plan is None or isinstance(stated, str):
+        _must(
+            plan is None and isinstance(stated, str),
+            "the statement's privacy is not the contract's",
+            "no differential privacy" if isinstance(stated, str) else "a guarantee",
+            "no privacy plan" if plan is None else f"epsilon <= {plan.epsilon:g}",
+        )
+        return
+    _must(
+        stated == PrivacyRecord.of(plan, stated.events),
+        "the statement describes another guarantee than the contract's plan",
+        stated.description,
+        PrivacyRecord.of(plan, planned).description,
+    )
+    _must(
+        len(stated.events) == len(planned)
+        and all(p.covers(s) for p, s in zip(planned, stated.events, strict=True)),
+        "the job spent more privacy than its contract allows",
+        [event.to_fields() for event in stated.events],
+        [event.to_fields() for event in planned],
+    )
 
 
 def _check_accelerators(receipt: Receipt, contract: Contract) -> None:

@@ -21,6 +21,7 @@ from cenacle.documents.base import minutes, parse_time, short
 from cenacle.documents.clauses import Clause, check, failed
 from cenacle.documents.contract import Contract, ProgramJob, RecipeJob
 from cenacle.documents.matching import UseFacts, match_terms
+from cenacle.documents.privacy import PrivacyLoss
 from cenacle.errors import RefusedError
 
 __all__ = ["Facts", "Lineage", "decide", "expected_program", "require", "superseded_by"]
@@ -50,6 +51,9 @@ class Facts:
         signed: parties that signed this contract.
         vetoes: reason by vetoing party.
         uses: runs of each alias's asset that are reserved or settled, this one not counted.
+        promised: the epsilon of the contract's privacy plan at its delta, composed; ``None``
+            where nobody composed it.
+        losses: of each alias whose terms have a budget that the plan is charged to.
         claims: what the verifier believes; ``None`` in a review or if evidence failed.
         evidence_error: why the evidence was not accepted.
         review: whether this is a review before any enclave asks.
@@ -64,6 +68,8 @@ class Facts:
     replaced: Mapping[str, str] = field(default_factory=dict)
     vetoes: Mapping[str, str] = field(default_factory=dict)
     lineage: Lineage = field(default_factory=Lineage)
+    promised: float | None = None
+    losses: Mapping[str, PrivacyLoss] = field(default_factory=dict)
     claims: Claims | None = None
     evidence_error: str | None = None
     review: bool = False
@@ -112,6 +118,7 @@ def decide(facts: Facts) -> tuple[Clause, ...]:
             f"until {contract.expires}",
             "draft a contract that replaces this one",
         ),
+        *_privacy(facts),
         *_evidence(facts),
     ]
     for alias in contract.assets:
@@ -205,6 +212,24 @@ def _replacement(facts: Facts) -> list[Clause]:
     return clauses
 
 
+def _privacy(facts: Facts) -> list[Clause]:
+    """That the noise which the plan states keeps the epsilon which it promises."""
+    plan = facts.contract.privacy
+    if plan is None:
+        return []
+    found = facts.promised
+    return [
+        check(
+            "contract",
+            "privacy",
+            found is not None and found <= plan.epsilon,
+            "not composed" if found is None else f"epsilon {found:.4g} at delta {plan.delta:g}",
+            f"epsilon <= {plan.epsilon:g} at delta {plan.delta:g}",
+            "leave noise_multiplier out of the draft: `cenacle draft` computes it",
+        )
+    ]
+
+
 def _evidence(facts: Facts) -> list[Clause]:
     contract, claims = facts.contract, facts.claims
     kinds = " or ".join(contract.enclave.reference)
@@ -270,6 +295,7 @@ def _asset(alias: str, facts: Facts) -> list[Clause]:
             now=facts.now,
             signed=facts.signed,
             facts=None if facts.review else use,
+            loss=facts.losses.get(alias),
         ),
         check(
             f"asset {alias} of {asset.owner}",

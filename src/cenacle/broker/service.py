@@ -8,10 +8,12 @@ from cenacle.attestation.registry import Verifier, VerifierSet
 from cenacle.attestation.simulated import SimulatedVerifier
 from cenacle.broker.entries import AssetEntry, ContractEntry, SignatureEntry, VetoEntry
 from cenacle.broker.identity import BrokerKeys
+from cenacle.broker.losses import events_charged, until_accounted
 from cenacle.broker.membership import Membership, now
 from cenacle.broker.messages import (
     AssetDeposit,
     AssetUpload,
+    BudgetView,
     ContractView,
     ReviewView,
     SignatureUpload,
@@ -99,6 +101,7 @@ class Broker(Membership):
                 manifest.to_json(),
                 wrapped,
                 replaces=asset.replaces,
+                container=asset.container.digest,
             )
             entry = AssetEntry(
                 time=self.time(), asset=asset.digest, owner=asset.owner, replaces=asset.replaces
@@ -107,6 +110,24 @@ class Broker(Membership):
 
         self.write(change)
         return asset
+
+    def budget(self, request: Envelope) -> BudgetView:
+        """What jobs have spent of an asset's privacy budget; told to its owner alone."""
+        asked = self.party_request(request, "budget")
+
+        def look() -> BudgetView:
+            with self.store.read() as tx:
+                asset, _ = load_asset(tx, asked.subject)
+                if asset.owner != asked.party:
+                    raise RefusedError(
+                        "only the owner of an asset asks what was spent of its budget",
+                        found=asked.party,
+                        expected=asset.owner,
+                    )
+                return self.losses.budget(asset, tx.charged_events(asset.digest))
+
+        self.write(lambda tx: self.once(tx, asked))
+        return until_accounted(self.losses, look)
 
     # ------------------------------------------------------------------ contracts
 
@@ -291,8 +312,12 @@ class Broker(Membership):
 
     def review(self, digest: str) -> ReviewView:
         """Every clause as it stands now; what the enclave will show is pending."""
-        with self.store.read() as tx:
-            return ReviewView(clauses=decide(self.facts(tx, digest, review=True)))
+
+        def look() -> ReviewView:
+            with self.store.read() as tx:
+                return ReviewView(clauses=decide(self.facts(tx, digest, review=True)))
+
+        return until_accounted(self.losses, look)
 
     def facts(
         self, tx: ReadTransaction, digest: str, *, review: bool = False, excluded_run: str = ""
@@ -315,6 +340,11 @@ class Broker(Membership):
             used = tx.ledger(ref.digest)
             mine = tx.reservation(excluded_run, ref.digest) if excluded_run else None
             uses[alias] = used.uses_reserved + used.uses_settled - (mine.uses if mine else 0)
+        promised, losses = self.losses.compose(
+            record.contract,
+            assets,
+            lambda asset: events_charged(tx.charged_events(asset, without=excluded_run)),
+        )
         facts = Facts(
             broker=self.digest,
             contract=record.contract,
@@ -324,6 +354,8 @@ class Broker(Membership):
             vetoes=record.vetoes,
             uses=uses,
             lineage=load_lineage(tx, record),
+            promised=promised,
+            losses=losses,
             now=self.clock(),
             review=review,
         )

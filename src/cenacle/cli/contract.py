@@ -22,6 +22,7 @@ from cenacle.cli.output import (
     finish,
     line,
 )
+from cenacle.cli.privacy import completed_plan, privacy_in_words
 from cenacle.documents.approval import describe_rule
 from cenacle.documents.asset import Asset
 from cenacle.documents.base import Digest, Frozen, Name, parse_yaml, short
@@ -46,7 +47,8 @@ class Draft(Frozen):
     """What a person writes; `cenacle draft` fills in the digests.
 
     ``parties`` are names at the broker, ``assets`` are manifest files by alias,
-    ``enclave`` says ``this-machine`` (measured now) or gives reference values in full. All
+    ``enclave`` says ``this-machine`` (measured now) or gives reference values in full. A
+    ``privacy`` plan without a noise multiplier gets the smallest that keeps its epsilon. All
     other fields are the contract's own.
     """
 
@@ -57,6 +59,7 @@ class Draft(Frozen):
     job: dict[str, Any]
     enclave: dict[str, Any] | str = "this-machine"
     offload: dict[str, Any] | None = None
+    privacy: dict[str, Any] | None = None
     outputs: tuple[dict[str, Any], ...]
     approval: Any
     vetoes: tuple[Name, ...] = ()
@@ -130,7 +133,9 @@ def draft(
             "payments": list(wanted.payments),
             "expires": wanted.expires,
         }
-        optional = {"offload": wanted.offload, "replaces": wanted.replaces}
+        optional: dict[str, Any] = {"offload": wanted.offload, "replaces": wanted.replaces}
+        if wanted.privacy is not None:
+            optional["privacy"] = completed_plan(wanted.privacy, wanted.job)
         fields |= {name: value for name, value in optional.items() if value is not None}
         contract = Contract.from_fields(fields)
         text = contract.to_yaml()
@@ -142,7 +147,7 @@ def draft(
                 sys.stdout.write(text)
                 return
             line(f"wrote {out}: contract {contract.digest}")
-            for sentence in plan_in_words(contract):
+            for sentence in (*plan_in_words(contract), *privacy_in_words(contract)):
                 line(f"  {sentence}")
 
         finish({"contract": contract.digest, "path": out and str(out)}, json_, show)
@@ -195,7 +200,7 @@ def contract_in_words(opened: OpenedContract) -> list[str]:
         )
         + f"; sandbox layers demanded: {', '.join(c.enclave.layers) or 'none'}.",
         *plan_in_words(c),
-        "The outputs are NOT differentially private.",
+        *privacy_in_words(c),
         f"Approval: {describe_rule(c.approval)}; signed so far: "
         f"{', '.join(sorted(opened.signed)) or 'nobody'}; "
         f"may veto: {', '.join(c.vetoes) or 'nobody'}.",

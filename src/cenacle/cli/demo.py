@@ -22,20 +22,29 @@ app = typer.Typer(
 def hospitals(
     folder: Annotated[
         Path | None,
-        typer.Option("--dir", help="Folder to keep everything in; default: a new one."),
+        typer.Option(
+            "--dir", help="Folder to keep everything in, and to go on in; default: a new one."
+        ),
     ] = None,
+    budget: Annotated[
+        float,
+        typer.Option(
+            min=0.0, help="Epsilon that each hospital allows over all jobs; a job costs 1."
+        ),
+    ] = 2.0,
     json_: JsonOption = False,
 ) -> None:
-    """Three hospitals train one model in an enclave; a clinic receives it; all get a receipt.
+    """Three hospitals train one private model in an enclave for a clinic; all get a receipt.
 
     The patients are the 569 of scikit-learn's breast-cancer data, split
     unevenly. Every command is printed as it runs; with --json the same figures
-    end as one JSON object.
+    end as one JSON object. In a folder in which it was played before, the next
+    job is trained on the same patients, until their privacy budget refuses.
     """
     from cenacle.cli.demo_hospitals import play
 
     with errors_in_words(json_):
-        figures, show = play(folder, quiet=json_)
+        figures, show = play(folder, budget, quiet=json_)
         finish(figures, json_, show)
 
 

@@ -1,88 +1,49 @@
-"""The hospitals' demonstration: three owners, a clinic, an operator, a broker."""
+"""The hospitals' demonstration: three owners, a clinic, an operator, a broker, a privacy budget."""
 
 from __future__ import annotations
 
 import csv
-import json
+import secrets
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import yaml
-from rich.markup import escape
-from rich.table import Table
 
-from cenacle.cli.stage import Actor, BackgroundBroker, Stage
-from cenacle.errors import UnavailableError
+from cenacle.broker.messages import BudgetView
+from cenacle.cli.demo_patients import (
+    CLASSES,
+    HOSPITALS,
+    RANGES,
+    TARGET,
+    hospital_patients,
+    share_with_clinic,
+)
+from cenacle.cli.demo_tables import Outcome, closing_tables, show_budgets
+from cenacle.cli.stage import Actor, BackgroundBroker, Stage, check_ended
+from cenacle.errors import InputError, RefusedError
 
-__all__ = ["HOSPITALS", "hospital_job", "hospital_patients", "play"]
+__all__ = ["hospital_job", "play", "privacy_plan"]
 
-HOSPITALS: Final = ("hospital-a", "hospital-b", "hospital-c")
-_TARGET: Final = "diagnosis"
+_DELTA: Final = 1e-4  # well below one over the number of patients
 
 _TERMS: Final = """\
 kind: terms
 protection: simulated    # a demonstration: a real owner would say tee
-recipes: [mlp, logistic]
-privacy: unbounded       # outputs are not differentially private
+recipes: [logistic]
+privacy: {{epsilon: {budget}, delta: {delta}}}   # what all jobs ever may tell of one patient
 recipients: [clinic]
-outputs: [model, metrics]
+outputs: [model]
 purposes: [breast cancer diagnosis]
-uses: 3
+uses: 100
 expires: 2036-12-31
 """
 
 
-def hospital_patients() -> tuple[list[str], dict[str, list[list[Any]]]]:
-    """The 569 patients as three hospitals with different case mixes: 310, 170 and 89.
-
-    A screening centre sees mostly benign findings and obvious tumours, a surgical clinic mostly
-    malignant ones, a referral centre few and difficult cases. So none of them alone sees what
-    decides the others' cases. The mix is chosen to make that point: with a random split the
-    largest hospital alone is about as good as all together.
-
-    Returns:
-        Column names, and rows by hospital, in a fixed order; every patient is in one hospital.
-
-    Raises:
-        UnavailableError: scikit-learn is not installed.
-    """
-    try:
-        from sklearn.datasets import load_breast_cancer
-    except ImportError:
-        raise UnavailableError(
-            "the demonstration's data is not here",
-            found="no scikit-learn",
-            remedy="pip install 'cenacle[demo]'",
-        ) from None
-    data = load_breast_cancer()
-    names = [str(name).replace(" ", "_") for name in data.feature_names]
-    by_size = np.argsort(data.data[:, names.index("mean_radius")], kind="stable")
-    malignant, benign = by_size[data.target[by_size] == 0], by_size[data.target[by_size] == 1]
-    # The 20 largest tumours and the 60 smallest benign findings are the easy cases.
-    hard_malignant, hard_benign = malignant[:-20], benign[60:]
-    few_benign = np.linspace(0, len(hard_benign) - 1, 7).astype(int)
-    some_malignant = np.linspace(0, len(hard_malignant) - 1, 82).astype(int)
-    rows = {
-        "hospital-a": [np.delete(hard_benign, few_benign), malignant[-20:]],
-        "hospital-b": [np.delete(hard_malignant, some_malignant), benign[:60]],
-        "hospital-c": [hard_benign[few_benign], hard_malignant[some_malignant]],
-    }
-    labels = [str(name) for name in data.target_names]
-    return [*names, _TARGET], {
-        name: [
-            [*map(float, data.data[row]), labels[data.target[row]]]
-            for row in np.sort(np.concatenate(parts))
-        ]
-        for name, parts in rows.items()
-    }
-
-
-def hospital_job() -> dict[str, Any]:
-    """What the contract says is to be done: a recipe, without custom code."""
+def hospital_job(number: int = 1) -> dict[str, Any]:
+    """What the contract of the ``number``-th job says is to be done: a recipe, no custom code."""
     return {
         "type": "recipe",
         "recipe": {
@@ -90,215 +51,261 @@ def hospital_job() -> dict[str, Any]:
             "data": {
                 "form": "table",
                 "assets": list(HOSPITALS),
-                "target": _TARGET,
-                "classes": ["malignant", "benign"],
+                "target": TARGET,
+                "classes": list(CLASSES),
+                "standardize": False,
+                "ranges": RANGES,
             },
-            "model": {"type": "mlp", "hidden": [16]},
-            "optimizer": {"type": "adamw", "learning_rate": 0.01},
-            "epochs": 40,
-            "batch_size": 32,
-            "seed": 7,
-            "holdout": {"fraction": 0.3},
-            "compare_alone": True,
+            "model": {"type": "logistic"},
+            "optimizer": {"type": "sgd", "learning_rate": 0.2, "momentum": 0.9},
+            "schedule": {"type": "cosine"},
+            "epochs": 10,
+            "batch_size": 512,
+            "seed": 6 + number,
+            "holdout": {"fraction": 0.0},
         },
     }
 
 
-def _draft() -> dict[str, Any]:
+def privacy_plan() -> dict[str, Any]:
+    """What each job promises; `cenacle draft` finds the noise for it."""
     return {
-        "name": "diagnosis-model",
+        "epsilon": 1.0,
+        "delta": _DELTA,
+        "clipping_norm": 0.5,
+        "sampling_probability": 0.1,
+    }
+
+
+def _draft(number: int) -> dict[str, Any]:
+    return {
+        "name": "diagnosis-model" if number == 1 else f"diagnosis-model-{number}",
         "purpose": "breast cancer diagnosis",
         "parties": [*HOSPITALS, "clinic"],
         "assets": {name: f"../{name}/records.csv.sealed.asset.json" for name in HOSPITALS},
-        "job": hospital_job(),
-        "outputs": [
-            {"name": "model", "kind": "model", "recipient": "clinic"},
-            {"name": "metrics", "kind": "metrics", "recipient": "clinic"},
-        ],
+        "job": hospital_job(number),
+        "privacy": privacy_plan(),
+        "outputs": [{"name": "model", "kind": "model", "recipient": "clinic"}],
         "approval": {"all_of": list(HOSPITALS)},
         "vetoes": ["clinic"],
         "expires": "2036-12-31",
     }
 
 
-def play(folder: Path | None, *, quiet: bool) -> tuple[dict[str, Any], Callable[[], None]]:
-    """Play the whole job. Returns its figures, and what prints the closing tables."""
-    columns, patients = hospital_patients()
-    started = time.monotonic()
+class _Play:
+    """One performance in one folder.
+
+    Attributes:
+        number: of the job in this folder, from 1.
+    """
+
+    def __init__(self, root: Path, budget: float, *, quiet: bool) -> None:
+        self.budget = budget
+        self.stage = Stage(root, quiet=quiet)
+        self.hospitals = [self.stage.actor(name) for name in HOSPITALS]
+        self.clinic, self.operator = self.stage.actor("clinic"), self.stage.actor("operator")
+        self.number = 1 + len(list(self.operator.folder.glob("contract*.yaml")))
+        self.suffix = "" if self.number == 1 else f"-{self.number}"
+        self.results = f"results{self.suffix}"
+        if self.number == 1 and (root / "broker" / "store").exists():
+            raise InputError(
+                "the folder holds a demonstration that did not come to its contract",
+                found=str(root),
+                remedy=f"remove it and begin anew: rm -r {root}",
+            )
+        self.outcome = Outcome(number=self.number)
+
+    def perform(self) -> None:
+        """Raises RefusedError with the figures when the budget does not suffice any more."""
+        columns, everybody = hospital_patients()
+        patients, held = share_with_clinic(everybody)
+        stage = self.stage
+        stage.heading(f"Everything of this demonstration lies in {stage.folder}")
+        with BackgroundBroker(
+            stage.actor("broker"),
+            *("--dir", "store", "--name", "demo/broker", "--port", "0", "--development"),
+        ) as broker:
+            if self.number == 1:
+                self._meet(broker.announced)
+                self._seal(columns, patients, held)
+            else:
+                stage.heading(
+                    f"Job {self.number} on the same patients: the broker is back, and remembers"
+                )
+                self._pin(broker.announced)
+            digest = self._agree()
+            self._compute(digest)
+            self._receive(columns, patients)
+            self._budgets()
+
+    # ------------------------------------------------------------------ scenes
+
+    def _pin(self, announced: dict[str, Any]) -> None:
+        identity = "../broker/store/identity.json"
+        pin = ("broker", "pin", identity, "--digest", str(announced["digest"]))
+        everyone = (*self.hospitals, self.clinic, self.operator)
+        self.stage.together(*((actor, pin, None) for actor in everyone))
+
+    def _meet(self, announced: dict[str, Any]) -> None:
+        stage, parties = self.stage, (*self.hospitals, self.clinic)
+        stage.heading("1. The parties make keys, pin the broker, and register")
+        stage.together(*((actor, ("party", "new", actor.name), None) for actor in parties))
+        self._pin(announced)
+
+        def register(actor: Actor, token: str) -> tuple[Actor, tuple[str, ...], str]:
+            return actor, ("party", "register", actor.name, "--token", "-"), token
+
+        # The broker's first token makes its owner, who invites the others. Tokens are secrets:
+        # they are piped, and the answers that hold them are not shown.
+        owner = self.hospitals[0]
+        stage.together(register(owner, announced["owner_token"]))
+        tokens = [owner.ask("broker", "invite", "--as", owner.name)["token"] for _ in parties[1:]]
+        stage.together(*map(register, parties[1:], tokens))
+
+    def _seal(
+        self, columns: list[str], patients: dict[str, list[list[Any]]], held: list[list[Any]]
+    ) -> None:
+        self.stage.heading(
+            "2. Each hospital states its terms, with a privacy budget, and seals its records"
+        )
+        _write_rows(self.clinic.folder / "patients.csv", columns, held)
+        for actor in self.hospitals:
+            _write_rows(actor.folder / "records.csv", columns, patients[actor.name])
+            terms = _TERMS.format(budget=self.budget, delta=_DELTA)
+            (actor.folder / "terms.yaml").write_text(terms)
+        self.hospitals[0].run("terms", "check", "terms.yaml")
+        seal = ("seal", "records.csv", "--terms", "terms.yaml", "--as")
+        self.stage.together(*((actor, (*seal, actor.name), None) for actor in self.hospitals))
+
+    def _agree(self) -> str:
+        self.stage.heading(
+            "3. The operator drafts a contract, the clinic proposes it, the hospitals sign"
+        )
+        draft, contract = f"job{self.suffix}.yaml", f"contract{self.suffix}.yaml"
+        written = yaml.safe_dump(_draft(self.number), sort_keys=False)
+        (self.operator.folder / draft).write_text(written)
+        self.operator.run("enclave", "layers")
+        digest = str(self.operator.ask("draft", draft, "--out", contract)["contract"])
+        self.clinic.run("propose", f"../operator/{contract}", "--as", self.clinic.name)
+        first = self.hospitals[0]
+        first.run("review", digest, "--as", first.name)
+        self.stage.together(
+            *((actor, ("sign", digest, "--as", actor.name), None) for actor in self.hospitals)
+        )
+        return digest
+
+    def _compute(self, digest: str) -> None:
+        self.stage.heading(
+            "4. The operator runs it: evidence, keys, private training, all inside the enclave"
+        )
+        data = [part for name in HOSPITALS for part in ("--data", f"../{name}/records.csv.sealed")]
+        review = self.operator.ask("review", digest, shown=False)["clauses"]
+        short = any(c["name"] == "privacy" and c["verdict"] == "failed" for c in review)
+        code = self.operator.attempt("run", digest, *data, "--out", self.results)
+        if short and code == RefusedError.exit_code:
+            self._refused()
+        check_ended(("run", digest), code)
+
+    def _refused(self) -> None:
+        self.stage.heading("5. The broker let no key go: the privacy budget does not suffice")
+        views = self._budgets()
+        limit = views[0].epsilon or 0.0
+        left = min(limit - (view.spent or 0.0) for view in views)
+        raise RefusedError(
+            f"the privacy budget allows no job number {self.number} on these patients",
+            found=f"{left:.3f} of epsilon {limit:g} left at delta {_DELTA:g}, after "
+            f"{views[0].jobs} jobs",
+            expected="enough for one more job of epsilon "
+            f"{privacy_plan()['epsilon']:g}, composed with the earlier ones",
+            remedy=f"that is what it is for; to begin anew: rm -r {self.stage.folder}",
+        )
+
+    def _receive(self, columns: list[str], patients: dict[str, list[list[Any]]]) -> None:
+        stage, clinic, hospital = self.stage, self.clinic, self.hospitals[0]
+        stage.heading("5. The clinic opens its model and measures it on patients of its own")
+        receipt = f"../{self.operator.name}/{self.results}/receipt.json"
+        model = f"model{self.suffix}.safetensors"
+        stage.together(
+            (clinic, ("open", receipt, "model", "--as", clinic.name, "--out", model), None),
+            (hospital, ("verify", receipt), None),
+            (hospital, ("log", "--limit", "5"), None),
+        )
+        self.outcome.pooled = clinic.ask("evaluate", model, "patients.csv")
+        stage.heading("For comparison, each hospital's rows alone, under the same plan (not a job)")
+        contract = self.operator.folder / f"contract{self.suffix}.yaml"
+        for name in HOSPITALS:
+            self.outcome.alone[name] = _alone(
+                name, contract, columns, patients[name], clinic.folder / "patients.csv"
+            )
+        self.outcome.receipt = self.operator.folder / self.results / "receipt.json"
+        self.outcome.model = model
+
+    def _budgets(self) -> list[BudgetView]:
+        self.stage.heading("6. What is left of each hospital's privacy budget")
+        manifest = "records.csv.sealed.asset.json"
+        views = [
+            BudgetView.from_fields(actor.ask("budget", manifest, "--as", actor.name))
+            for actor in self.hospitals
+        ]
+        show_budgets(self.stage, HOSPITALS, views)
+        self.outcome.views = views
+        return views
+
+
+def _write_rows(path: Path, columns: list[str], rows: list[list[Any]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(rows)
+
+
+def _alone(
+    name: str, contract: Path, columns: list[str], rows: list[list[Any]], test: Path
+) -> dict[str, Any]:
+    """The contract's recipe and plan on one hospital's rows: what it could do by itself.
+
+    Trained in the open, here, to compare: it is no job, and nobody gets the model.
+    """
+    import pyarrow as pa
+    import pyarrow.csv
+
+    from cenacle.documents.contract import Contract, RecipeJob
+    from cenacle.documents.recipe import Recipe
+    from cenacle.training import MemoryTable, Privacy, train, write_model
+    from cenacle.training.evaluation import evaluate
+
+    agreed = Contract.from_yaml(contract.read_bytes())
+    assert isinstance(agreed.job, RecipeJob)
+    assert agreed.privacy is not None
+    fields = agreed.job.recipe.to_fields()
+    fields["data"]["assets"] = [name]
+    table = pa.table({column: [row[i] for row in rows] for i, column in enumerate(columns)})
+    result = train(
+        Recipe.from_fields(fields),
+        {name: MemoryTable(table)},
+        privacy=Privacy(agreed.privacy, secrets.token_bytes(32)),
+    )
+    return evaluate(write_model(result.model_tensors, result.metadata), pyarrow.csv.read_csv(test))
+
+
+def play(
+    folder: Path | None, budget: float, *, quiet: bool
+) -> tuple[dict[str, Any], Callable[[], None]]:
+    """Play one job. Returns its figures, and what prints the closing tables.
+
+    Args:
+        folder: a new one, or one in which jobs were played: the next one is played on the same
+            patients, with what is left of their budget.
+        budget: the epsilon that each hospital allows over all jobs, in a new folder.
+
+    Raises:
+        RefusedError: the privacy budget does not suffice; the figures were shown.
+        InputError: the folder holds something else.
+    """
     root = Path(tempfile.mkdtemp(prefix="cenacle-demo-")) if folder is None else folder.resolve()
-    stage = Stage(root, quiet=quiet)
-    hospitals = [stage.actor(name) for name in HOSPITALS]
-    clinic, operator = stage.actor("clinic"), stage.actor("operator")
-    stage.heading(f"Everything of this demonstration lies in {root}")
-    with BackgroundBroker(
-        stage.actor("broker"),
-        *("--dir", "store", "--name", "demo/broker", "--port", "0", "--development"),
-    ) as broker:
-        _meet(stage, hospitals, clinic, operator, broker.announced)
-        _seal(stage, hospitals, columns, patients)
-        digest = _agree(stage, hospitals, clinic, operator)
-        _compute(stage, operator, digest)
-        metrics = _receive(stage, clinic, hospitals[0], operator)
-    seconds = round(time.monotonic() - started, 1)
-    alone = [metrics["alone"][name]["accuracy"] for name in HOSPITALS]
-    figures = {
-        "accuracy_pooled": metrics["pooled"]["accuracy"],
-        "accuracy_single": alone,
-        "receipt": str(operator.folder / "results" / "receipt.json"),
-        "seconds": seconds,
-    }
-
-    def show() -> None:
-        _closing_tables(stage, metrics, operator)
-        stage.console.print(f"\nplayed in {seconds} s")
-        _closing_commands(stage, clinic, hospitals[0], operator)
-
-    return figures, show
-
-
-def _meet(
-    stage: Stage,
-    hospitals: list[Actor],
-    clinic: Actor,
-    operator: Actor,
-    announced: dict[str, Any],
-) -> None:
-    stage.heading("1. The parties make keys, pin the broker, and register")
-    identity = "../broker/store/identity.json"
-    pin = ("broker", "pin", identity, "--digest", str(announced["digest"]))
-    parties = (*hospitals, clinic)
-    stage.together(*((actor, ("party", "new", actor.name), None) for actor in parties))
-    stage.together(*((actor, pin, None) for actor in (*parties, operator)))
-
-    def register(actor: Actor, token: str) -> tuple[Actor, tuple[str, ...], str]:
-        return actor, ("party", "register", actor.name, "--token", "-"), token
-
-    # The broker's first token makes its owner, who invites the others. Tokens are secrets:
-    # they are piped, and the answers that hold them are not shown.
-    owner = hospitals[0]
-    stage.together(register(owner, announced["owner_token"]))
-    tokens = [owner.ask("broker", "invite", "--as", owner.name)["token"] for _ in parties[1:]]
-    stage.together(*map(register, parties[1:], tokens))
-
-
-def _seal(
-    stage: Stage,
-    hospitals: list[Actor],
-    columns: list[str],
-    patients: dict[str, list[list[Any]]],
-) -> None:
-    stage.heading("2. Each hospital states its terms and seals its patients' records")
-    for actor in hospitals:
-        with (actor.folder / "records.csv").open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(columns)
-            writer.writerows(patients[actor.name])
-        (actor.folder / "terms.yaml").write_text(_TERMS)
-    seal = ("seal", "records.csv", "--terms", "terms.yaml", "--as")
-    stage.together(*((actor, (*seal, actor.name), None) for actor in hospitals))
-
-
-def _agree(stage: Stage, hospitals: list[Actor], clinic: Actor, operator: Actor) -> str:
-    stage.heading("3. The operator drafts a contract, the clinic proposes it, the hospitals sign")
-    (operator.folder / "job.yaml").write_text(yaml.safe_dump(_draft(), sort_keys=False))
-    operator.run("enclave", "layers")
-    digest = str(operator.ask("draft", "job.yaml", "--out", "contract.yaml")["contract"])
-    clinic.run("propose", "../operator/contract.yaml", "--as", clinic.name)
-    hospitals[0].run("review", digest, "--as", hospitals[0].name)
-    stage.together(*((actor, ("sign", digest, "--as", actor.name), None) for actor in hospitals))
-    return digest
-
-
-def _compute(stage: Stage, operator: Actor, digest: str) -> None:
-    stage.heading("4. The operator runs it: evidence, keys, training, all inside the enclave")
-    data = [part for name in HOSPITALS for part in ("--data", f"../{name}/records.csv.sealed")]
-    operator.run("run", digest, *data, "--out", "results")
-
-
-def _receive(stage: Stage, clinic: Actor, hospital: Actor, operator: Actor) -> dict[str, Any]:
-    stage.heading("5. The clinic opens what was sealed to it; anyone verifies the receipt")
-    receipt = f"../{operator.name}/results/receipt.json"
-    for_clinic = ("--as", clinic.name, "--out")
-    stage.together(
-        (clinic, ("open", receipt, "model", *for_clinic, "model.safetensors"), None),
-        (clinic, ("open", receipt, "metrics", *for_clinic, "metrics.json"), None),
-        (hospital, ("verify", receipt), None),
-        (hospital, ("log", "--limit", "5"), None),
-    )
-    metrics: dict[str, Any] = json.loads((clinic.folder / "metrics.json").read_bytes())
-    return metrics
-
-
-def _closing_tables(stage: Stage, metrics: dict[str, Any], operator: Actor) -> None:
-    console = stage.console
-    results = Table(title="\naccuracy on the pooled held-out patients", title_justify="left")
-    for column in ("trained on", "patients", "accuracy"):
-        results.add_column(column, justify="left" if column == "trained on" else "right")
-    for name in HOSPITALS:
-        training = metrics["rows"][name]["training"]
-        results.add_row(f"{name} alone", str(training), f"{metrics['alone'][name]['accuracy']:.3f}")
-    every = sum(rows["training"] for rows in metrics["rows"].values())
-    held = sum(rows["holdout"] for rows in metrics["rows"].values())
-    pooled = metrics["pooled"]["accuracy"]
-    results.add_row("[bold]all three together[/]", str(every), f"[bold]{pooled:.3f}[/]")
-    console.print(results)
-    console.print(
-        f"({held} patients held out. The hospitals' case mixes were made different on purpose; "
-        "with a random split the largest alone is about as good as all.)"
-    )
-    layers = operator.ask("enclave", "layers", shown=False)["layers"]
-    active = [layer["name"] for layer in layers if layer["missing"] is None]
-    absent = [f"{layer['name']}: {layer['missing']}" for layer in layers if layer["missing"]]
-    table = Table(title="\nwhat was protected from whom", title_justify="left", show_lines=True)
-    for column in ("what", "protected from", "not protected from"):
-        table.add_column(column)
-    root = (
-        "root on the operator's machine, and the user who starts the enclave: "
-        "[bold]it is SIMULATED[/]"
-    )
-    table.add_row(
-        "patients' records",
-        "the other hospitals, the clinic, the broker's disk, the network; other users of the "
-        "operator's machine" + (f" (sandbox: {', '.join(active)})" if active else ""),
-        root + "; whoever runs the broker, who could take its keys",
-    )
-    table.add_row(
-        "the trained model",
-        "everyone but the clinic (sealed to its key, post-quantum hybrid)",
-        root,
-    )
-    table.add_row(
-        "single patients in the model",
-        "-",
-        "the clinic: the model is not differentially private, and its metadata holds the means "
-        "and deviations of all features; the metrics hold row counts and each hospital's accuracy",
-    )
-    table.add_row(
-        "the agreement",
-        "changes by anyone: every clause was checked before a key left, and is in the log",
-        "a broker and an operator who collude, as long as evidence is simulated",
-    )
-    console.print(table)
-    for line in absent:
-        console.print(f"[yellow]not used here[/]  {escape(line)}", soft_wrap=True)
-    console.print(
-        "[yellow]not used here[/]  hardware evidence: no TPM, TDX, SEV-SNP or SGX in this job"
-    )
-
-
-def _closing_commands(stage: Stage, clinic: Actor, hospital: Actor, operator: Actor) -> None:
-    receipt = operator.folder / "results" / "receipt.json"
-    out = stage.console
-    out.print("open the model:     ", end="")
-    out.print(
-        f"CENACLE_HOME={clinic.folder / 'home'} cenacle open {receipt} model --as clinic "
-        "--out model.safetensors",
-        soft_wrap=True,
-        markup=False,
-    )
-    out.print("verify the receipt: ", end="")
-    out.print(
-        f"CENACLE_HOME={hospital.folder / 'home'} cenacle verify {receipt}",
-        soft_wrap=True,
-        markup=False,
-    )
+    started = time.monotonic()
+    performance = _Play(root, budget, quiet=quiet)
+    performance.perform()
+    outcome = performance.outcome
+    outcome.seconds = round(time.monotonic() - started, 1)
+    return outcome.figures(), lambda: closing_tables(performance.stage, outcome)

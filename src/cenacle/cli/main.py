@@ -13,9 +13,11 @@ from cenacle.cli import (
     contract,
     demo,
     enclave,
+    evaluate,
     log,
     offload,
     party,
+    privacy,
     receipt,
     run,
     seal,
@@ -53,6 +55,9 @@ app.command(epilog='Example: cenacle veto sha256:4be1... --as clinic --reason "w
     contract.veto
 )
 app.command(epilog="Example: cenacle contracts --as clinic")(contract.contracts)
+app.command(epilog="Example: cenacle budget records.csv.sealed.asset.json --as hospital-a")(
+    privacy.budget
+)
 app.command(
     epilog="Examples:\n\ncenacle run sha256:4be1... --data sealed/ --out results\n\n"
     "cenacle run sha256:4be1... --data sealed/ --out results --resume"
@@ -62,6 +67,7 @@ app.command(
     "open",
     epilog="Example: cenacle open results/receipt.json model --as clinic --out model.safetensors",
 )(receipt.open_)
+app.command(epilog="Example: cenacle evaluate model.safetensors test-rows.csv")(evaluate.evaluate)
 app.command(epilog="Example: cenacle verify results/receipt.json")(receipt.verify)
 app.command(epilog="Example: cenacle log --limit 20")(log.log)
 

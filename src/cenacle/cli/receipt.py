@@ -14,6 +14,7 @@ from cenacle.broker.receipts import VerifiedReceipt, read_bundle, verify_receipt
 from cenacle.cli.home import Home
 from cenacle.cli.options import AsOption, BrokerOption
 from cenacle.cli.output import JsonOption, cell, console, errors_in_words, finish, line
+from cenacle.cli.privacy import record_in_words
 from cenacle.documents.base import unb64
 from cenacle.documents.protection import at_least
 from cenacle.documents.receipt import OffloadRecord, OutputRecord
@@ -67,7 +68,7 @@ def verify(
             "layers": list(r.layers),
             "inputs": {a: i.asset for a, i in r.inputs.items()},
             "outputs": [{"name": o.name, "recipient": o.recipient} for o in r.outputs],
-            "privacy": r.privacy,
+            "privacy": r.privacy if isinstance(r.privacy, str) else r.privacy.to_fields(),
             "offload": r.offload.scheme,
             "leakage": r.offload.to_fields(),
             "accelerators": r.accelerators and r.accelerators.to_fields(),
@@ -91,7 +92,7 @@ def _show(found: VerifiedReceipt) -> None:
     warning = "  [yellow]protects from nobody with root[/]" if r.protection == "simulated" else ""
     table.add_row("evidence", f"{kind}: protection {r.protection}{warning}")
     table.add_row("sandbox", ", ".join(r.layers) or "none")
-    table.add_row("privacy", cell(r.privacy))
+    table.add_row("privacy", cell(record_in_words(r.privacy)))
     table.add_row("offload", cell(f"{r.offload.scheme}: {r.offload.note}"))
     if r.accelerators is not None:
         table.add_row("accelerators", cell(accelerators_in_words(r.accelerators)))

@@ -98,6 +98,10 @@ class Actor:
 
         Raises what the command reported, as an error of this process.
         """
+        check_ended(arguments, self.attempt(*arguments))
+
+    def attempt(self, *arguments: str) -> int:
+        """:meth:`run`, but an error is the caller's to judge; returns the exit code."""
         self.stage.show(self.name, arguments)
         done = subprocess.run(
             self._command(arguments),
@@ -108,7 +112,7 @@ class Actor:
             text=True,
             check=False,
         )
-        check_ended(arguments, done.returncode)
+        return done.returncode
 
     def collect(self, arguments: tuple[str, ...], fed: str | None) -> tuple[int, str]:
         """Run a command and return its exit code and all that it printed."""

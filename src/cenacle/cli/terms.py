@@ -30,7 +30,8 @@ offload: [enclave]       # schemes under which algebra may leave the enclave for
                          # nobody trusts; enclave: it may not. `cenacle offload schemes` says what
                          # each leaks; permuted-public-base: permuted although others may know the
                          # weights that training starts from, which then protects nothing
-privacy: {epsilon: 0.0, delta: 0.0}   # total budget; `unbounded`: no differential privacy needed
+privacy: {epsilon: 0.0, delta: 0.0}   # what all jobs ever may tell of one record, composed;
+                         # `unbounded`: no differential privacy needed
 recipients: []           # who may receive outputs: names, or name@sha256:...
 outputs: []              # kinds that may leave: model, metrics, table, file
 purposes: []             # purposes that a contract may state
@@ -87,7 +88,8 @@ def in_words(terms: Terms, owner: str = "the owner") -> list[str]:
         f"Offload schemes: {some(terms.offload)}.",
         "Outputs need no differential privacy: they may reveal single records."
         if not isinstance(budget, PrivacyBudget)
-        else f"All uses together may spend epsilon {budget.epsilon} at delta {budget.delta}.",
+        else f"All jobs ever may spend epsilon {budget.epsilon} at delta {budget.delta}, composed; "
+        "a job without a privacy plan may not run.",
         f"What may leave: {some(terms.outputs)}; to: {some(recipients)}.",
         f"Purposes: {some(terms.purposes)}.",
         f"Uses in all: {terms.uses}, until {terms.expires}.",

@@ -18,6 +18,8 @@ from cenacle.documents.base import (
     Timestamp,
 )
 from cenacle.documents.offload import PUBLIC_BASE, EnclavePlan, OffloadPlan, PermutedPlan
+from cenacle.documents.privacy import PrivacyEvent, PrivacyPlan
+from cenacle.documents.private_recipe import check_private_recipe, privacy_events
 from cenacle.documents.protection import EVIDENCE_KINDS, Protection, at_least, protection_of
 from cenacle.documents.recipe import GraphModel, Recipe
 from cenacle.documents.terms import OutputKind
@@ -141,6 +143,7 @@ class Contract(Document):
         parties: everyone involved, each pinned by the digest of the Party document.
         assets: inputs by the alias under which the job sees them.
         offload: under which scheme algebra leaves the enclave; by default it does not.
+        privacy: what the outputs may tell of single records; without it there is no bound.
         approval: who must have signed.
         vetoes: parties any one of whom can stop the job with a signed veto.
         replaces: digest of the contract that this one supersedes. The broker accepts one
@@ -160,6 +163,7 @@ class Contract(Document):
     job: Job
     enclave: EnclaveRequirements
     offload: OffloadPlan = EnclavePlan()
+    privacy: PrivacyPlan | None = None
     outputs: Annotated[tuple[Output, ...], Field(min_length=1, max_length=100)]
     approval: Rule
     vetoes: tuple[Name, ...] = ()
@@ -241,6 +245,42 @@ class Contract(Document):
                     "out: use sgd, leave resident out, or set check: false"
                 )
         return self
+
+    @model_validator(mode="after")
+    def _privacy_can_be_kept(self) -> Self:
+        if self.privacy is None:
+            return self
+        if isinstance(self.job, ProgramJob):
+            raise ValueError(
+                "a privacy plan is for recipes: what a program does with records cannot be known; "
+                "leave privacy out"
+            )
+        if not isinstance(self.offload, EnclavePlan):
+            raise ValueError(
+                f"a privacy plan cannot be kept under offload {self.offload.scheme} yet; use "
+                "scheme enclave"
+            )
+        metrics = any(output.kind == "metrics" for output in self.outputs)
+        check_private_recipe(self.privacy, self.job.recipe, metrics=metrics)
+        return self
+
+    @property
+    def privacy_events(self) -> tuple[PrivacyEvent, ...]:
+        """What the job costs each unit of every data asset at most; empty without a plan."""
+        if self.privacy is None or not isinstance(self.job, RecipeJob):
+            return ()
+        return privacy_events(self.privacy, self.job.recipe)
+
+    def protects(self, alias: str) -> bool:
+        """Whether the privacy plan bounds what outputs tell of the asset's records.
+
+        It does for what a recipe trains on; not for weights that training starts from.
+        """
+        return (
+            self.privacy is not None
+            and isinstance(self.job, RecipeJob)
+            and alias in self.job.recipe.data.assets
+        )
 
     @property
     def _starts_from_weights(self) -> bool:

@@ -6,6 +6,7 @@ comes in as :class:`UseFacts`; without them those clauses are ``pending``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -14,6 +15,7 @@ from cenacle.documents.asset import Asset
 from cenacle.documents.base import minutes, parse_time, short
 from cenacle.documents.clauses import Clause, check
 from cenacle.documents.contract import Contract, RecipeJob
+from cenacle.documents.privacy import PrivacyLoss
 from cenacle.documents.protection import Protection, at_least
 from cenacle.documents.terms import PrivacyBudget
 
@@ -41,6 +43,7 @@ def match_terms(
     now: datetime,
     signed: frozenset[str],
     facts: UseFacts | None = None,
+    loss: PrivacyLoss | None = None,
 ) -> list[Clause]:
     """Every clause of one asset's terms, in a fixed order.
 
@@ -50,6 +53,8 @@ def match_terms(
         now: the moment of decision, aware.
         signed: parties whose signature of this contract was verified.
         facts: ``None`` for a review before the job.
+        loss: what the broker's ledger makes of the contract's privacy plan for this asset; without
+            it the clause of a bounded budget is ``pending``.
     """
     asset = assets[alias]
     terms = asset.terms
@@ -77,7 +82,7 @@ def match_terms(
             _listed(terms.offload),
             "choose a scheme that the owner allows",
         ),
-        _privacy(asset, subject),
+        _privacy(alias, asset, contract, loss, facts is None),
         clause(
             "outputs",
             all(output.kind in terms.outputs for output in contract.outputs),
@@ -190,20 +195,59 @@ def _job(alias: str, assets: Mapping[str, Asset], contract: Contract, subject: s
     )
 
 
-def _privacy(asset: Asset, subject: str) -> Clause:
-    # No contract can state a privacy plan yet, so every job's loss is unbounded.
-    budget = asset.terms.privacy
-    bounded = isinstance(budget, PrivacyBudget)
-    return check(
+def _privacy(
+    alias: str, asset: Asset, contract: Contract, loss: PrivacyLoss | None, review: bool
+) -> Clause:
+    subject = f"asset {alias} of {asset.owner}"
+    budget, plan = asset.terms.privacy, contract.privacy
+    bounded = contract.protects(alias)
+    promised = (
+        f"epsilon <= {plan.epsilon:g} at delta {plan.delta:g} for this job"
+        if plan is not None and bounded
+        else "no differential privacy: epsilon unbounded"
+    )
+    if not isinstance(budget, PrivacyBudget):
+        return check(subject, "privacy", True, promised, "no bound")
+    demanded = f"epsilon <= {budget.epsilon:g} at delta {budget.delta:g} over all jobs"
+    if not bounded or plan is None:
+        return check(
+            subject,
+            "privacy",
+            False,
+            promised,
+            demanded,
+            "state a privacy plan in the contract; without one the owner must state "
+            "`privacy: unbounded`",
+        )
+    if loss is None:
+        return Clause(
+            subject=subject,
+            name="privacy",
+            found=promised,
+            demanded=demanded,
+            verdict="pending",
+            remedy="the broker composes it with earlier jobs",
+        )
+    met = loss.total <= budget.epsilon
+    found = (
+        f"epsilon {_figure(loss.total)} with this job, {_figure(loss.spent)} before it, at delta "
+        f"{budget.delta:g}"
+    )
+    clause = check(
         subject,
         "privacy",
-        not bounded,
-        "no differential privacy: epsilon unbounded",
-        f"epsilon <= {budget.epsilon} at delta {budget.delta} in total"
-        if isinstance(budget, PrivacyBudget)
-        else "no bound",
-        "the owner must state `privacy: unbounded` for a job without differential privacy",
+        met,
+        found,
+        demanded,
+        f"{_figure(max(0.0, budget.epsilon - loss.spent))} is left: plan more noise, fewer epochs "
+        "or a smaller sampling probability, or ask the owner for a larger budget",
     )
+    # Other jobs may be charged before this one.
+    return replace(clause, verdict="pending") if review and met else clause
+
+
+def _figure(epsilon: float) -> str:
+    return "unbounded" if math.isinf(epsilon) else f"{epsilon:.4g}"
 
 
 def _recipients(asset: Asset, contract: Contract, subject: str) -> Clause:

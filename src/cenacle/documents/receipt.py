@@ -23,6 +23,7 @@ from cenacle.documents.base import (
     Timestamp,
 )
 from cenacle.documents.offload import AcceleratorKind
+from cenacle.documents.privacy import PrivacyRecord
 from cenacle.documents.protection import Protection
 from cenacle.documents.terms import OutputKind
 
@@ -157,7 +158,7 @@ class Receipt(Frozen):
     layers: tuple[Name, ...]
     inputs: Annotated[dict[Name, InputRecord], Field(min_length=1)]
     outputs: Annotated[tuple[OutputRecord, ...], Field(min_length=1)]
-    privacy: NonEmpty
+    privacy: PrivacyRecord | Literal["none: the outputs are not differentially private"]
     offload: LeakageRecord
     accelerators: OffloadRecord | None = None
     resumed: Natural

@@ -46,6 +46,9 @@ Label = (
     | bool
 )
 Assets = Annotated[tuple[Name, ...], Field(min_length=1, max_length=256)]
+Range = tuple[
+    Annotated[float, Field(ge=-1e30, le=1e30)], Annotated[float, Field(ge=-1e30, le=1e30)]
+]
 Classes = Annotated[tuple[Label, ...], Field(min_length=2, max_length=10_000)]
 
 
@@ -157,6 +160,8 @@ class TableData(Frozen):
         standardize: subtract mean and divide by standard deviation, taken in the enclave
             over the training rows of all parties; both are part of the model.
         standardize_target: the same for the target of a regression.
+        ranges: public bounds (low, high) of features: values are clamped to them and scaled to
+            -1 .. 1. They tell nothing of the data, so a job with a privacy plan may use them.
     """
 
     form: Literal["table"]
@@ -169,9 +174,16 @@ class TableData(Frozen):
     classes: Classes | None = None
     standardize: bool = True
     standardize_target: bool = False
+    ranges: Annotated[dict[Column, Range], Field(min_length=1, max_length=10_000)] | None = None
 
     @model_validator(mode="after")
     def _columns(self) -> Self:
+        if self.ranges is not None:
+            if self.standardize:
+                raise ValueError("ranges scale already: set standardize: false")
+            for name, (low, high) in self.ranges.items():
+                if not low < high:
+                    raise ValueError(f"the range of {name!r} is empty: {low} to {high}")
         _refuse_repeats(self.ignore, "ignored column")
         if self.target in self.ignore:
             raise ValueError(f"the target {self.target!r} is also ignored")

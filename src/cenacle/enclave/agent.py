@@ -21,6 +21,7 @@ from cenacle.broker.rules import expected_program
 from cenacle.documents.base import Digest, Frozen, Name, NonEmpty
 from cenacle.documents.contract import ProgramJob, RecipeJob
 from cenacle.documents.offload_profile import PROFILE_FILE
+from cenacle.documents.privacy import PrivacyEvent
 from cenacle.enclave.accelerators import attach, require_agreed
 from cenacle.enclave.assets import asset_path, check_files, open_asset
 from cenacle.enclave.channel import Channel, OutputFile
@@ -85,7 +86,7 @@ def run_agent(config: AgentConfig, channel: Channel) -> None:
         try:
             channel.stage("running")
             with attach(opened.contract, config, session) as offloading:
-                values = _run(opened, session, config, channel, offloading)
+                values, events = _run(opened, session, config, channel, offloading)
             channel.stage("outputs")
             if offloading is not None:
                 # In the open: names of layers, which the contract shows, times and sizes.
@@ -107,6 +108,7 @@ def run_agent(config: AgentConfig, channel: Channel) -> None:
             outputs,
             leakage=offloading.leakage if offloading else NOTHING_OFFLOADED,
             offloaded=offloading.record() if offloading else None,
+            events=events,
         )
         receipt = finish(client, outputs)
         SealedCheckpoints(config.paths["checkpoints"], session).discard()
@@ -132,14 +134,22 @@ def _run(
     config: AgentConfig,
     channel: Channel,
     offloading: Offloading | None,
-) -> dict[str, OutputValue]:
+) -> tuple[dict[str, OutputValue], tuple[PrivacyEvent, ...]]:
+    """The outputs, and what they cost the records under the contract's privacy plan."""
     if isinstance(opened.contract.job, RecipeJob):
         readers = {
             alias: open_asset(asset, asset_path(config.paths, index), session.asset_key(alias))
             for index, (alias, asset) in enumerate(opened.assets.items())
         }
         checkpoints = SealedCheckpoints(config.paths["checkpoints"], session)
-        return run_recipe(opened.contract, readers, checkpoints, channel.progress, offloading)
+        return run_recipe(
+            opened.contract,
+            readers,
+            checkpoints,
+            channel.progress,
+            offloading,
+            secret=session.privacy_secret(),
+        )
     if config.worker is None:
         raise EnclaveError(
             "the launcher made no process for the program",
@@ -147,7 +157,7 @@ def _run(
             remedy="start the job with `cenacle run`",
         )
     with socket.socket(fileno=config.worker) as connection:
-        return run_program(opened, session, connection, channel.progress)
+        return run_program(opened, session, connection, channel.progress), ()
 
 
 def _sha256(path: Path) -> str:

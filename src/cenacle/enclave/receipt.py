@@ -21,6 +21,7 @@ from cenacle.documents.base import (
     parse_json,
 )
 from cenacle.documents.dsse import Envelope
+from cenacle.documents.privacy import NOT_PRIVATE, PrivacyEvent, PrivacyRecord
 from cenacle.documents.protection import protection_of
 from cenacle.documents.receipt import (
     Binding,
@@ -83,14 +84,16 @@ def write_draft(
     *,
     leakage: LeakageRecord = NOTHING_OFFLOADED,
     offloaded: OffloadRecord | None = None,
+    events: tuple[PrivacyEvent, ...] = (),
 ) -> None:
     """Sign the statement and the settlement, and make both durable as a draft.
 
     Args:
         leakage: what accelerators learnt under the contract's offload plan.
         offloaded: the account of what went to them, if anything could.
+        events: what was spent under the contract's privacy plan.
     """
-    release = session.release
+    release, plan = session.release, opened.contract.privacy
     receipt = Receipt(
         contract=session.contract,
         run=release.run,
@@ -107,7 +110,7 @@ def write_draft(
             for alias, asset in opened.assets.items()
         },
         outputs=outputs,
-        privacy="none: the outputs are not differentially private",
+        privacy=NOT_PRIVATE if plan is None else PrivacyRecord.of(plan, events),
         offload=leakage,
         accelerators=offloaded,
         resumed=release.resumed,
@@ -124,6 +127,7 @@ def write_draft(
             SettledOutput(name=o.name, kind=o.kind, recipient=o.recipient, content=o.content)
             for o in outputs
         ),
+        privacy=events or None,
     )
     draft = _Draft(
         statement=statement.to_fields(),

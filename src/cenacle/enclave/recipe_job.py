@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
+from cenacle.crypto import SecretBytes
 from cenacle.documents.contract import Contract, RecipeJob
+from cenacle.documents.privacy import PrivacyEvent
 from cenacle.enclave.assets import AssetReader
 from cenacle.enclave.outputs import OutputValue
 from cenacle.errors import EnclaveError
@@ -23,14 +25,19 @@ def run_recipe(
     checkpoints: CheckpointSink,
     progress: Callable[[int, int], None],
     offloading: Offloading | None = None,
-) -> dict[str, OutputValue]:
-    """Train and return the value of each of the contract's outputs.
+    *,
+    secret: SecretBytes,
+) -> tuple[dict[str, OutputValue], tuple[PrivacyEvent, ...]]:
+    """Train and return the value of each of the contract's outputs, and what they cost.
+
+    Args:
+        secret: what the noise of a privacy plan is drawn from; see :meth:`Session.privacy_secret`.
 
     Raises:
         DataError: the data does not fit the recipe.
         EnclaveError: training diverged.
     """
-    from cenacle.training import train, write_model  # noqa: PLC0415 - torch, for recipes only
+    from cenacle.training import Privacy, train, write_model  # noqa: PLC0415 - torch is heavy
     from cenacle.training.sources import TableSource, TensorSource  # noqa: PLC0415
 
     job = contract.job
@@ -42,6 +49,10 @@ def run_recipe(
                 f"asset {alias} is neither a table nor tensors", expected="what recipes read"
             )
         sources[alias] = reader
+    with secret:
+        privacy = None
+        if contract.privacy is not None:
+            privacy = Privacy(contract.privacy, bytes(secret.view()))
     result = train(
         job.recipe,
         sources,
@@ -49,6 +60,7 @@ def run_recipe(
         checkpoints=checkpoints,
         checkpoint_every=job.checkpoint_every,
         offloading=offloading,
+        privacy=privacy,
     )
     values: dict[str, OutputValue] = {}
     for output in contract.outputs:
@@ -57,4 +69,4 @@ def run_recipe(
             if output.kind == "model"
             else result.metrics
         )
-    return values
+    return values, result.events

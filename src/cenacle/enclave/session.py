@@ -128,6 +128,14 @@ class Session:
         """The key of one checkpoint of this run; every enclave of the run derives the same."""
         return derive_key(self.job_secret, "enclave/checkpoint", version.to_bytes(8, "big"))
 
+    def privacy_secret(self) -> SecretBytes:
+        """What the noise of a privacy plan is drawn from.
+
+        Every enclave of the run derives the same, so that a run which is resumed releases the same
+        noisy model again, and never a second one from the same records.
+        """
+        return derive_key(self.job_secret, "enclave/privacy")
+
     def register_checkpoint(self, version: int, digest: str) -> None:
         """Tell the broker that this checkpoint is the newest; durable when this returns."""
         record = CheckpointRecord(run=self.release.run, number=version, content=digest)

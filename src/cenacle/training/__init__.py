@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from cenacle.training.inference import Predictions, load_model, predict
     from cenacle.training.model_file import read_model, write_model
     from cenacle.training.offloading import Offloading
+    from cenacle.training.private import Privacy
     from cenacle.training.run import TrainingResult, train
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "MemoryTensors",
     "Offloading",
     "Predictions",
+    "Privacy",
     "Source",
     "TableSource",
     "TensorSource",
@@ -47,6 +49,7 @@ __getattr__ = lazy_names(
     {
         "Offloading": "offloading",
         "Predictions": "inference",
+        "Privacy": "private",
         "TrainingResult": "run",
         "load_model": "inference",
         "predict": "inference",

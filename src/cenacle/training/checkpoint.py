@@ -74,17 +74,24 @@ class MemorySink:
         return self.newest
 
 
-def check(checkpoint: Checkpoint, *, recipe: str, data: str) -> None:
+def check(checkpoint: Checkpoint, *, recipe: str, data: str, privacy: str | None = None) -> None:
     """Refuse a checkpoint of another job.
 
     Args:
         recipe: digest of the recipe that is about to run.
         data: digest of the rows it is about to read.
+        privacy: what stands for the plan and the secret that it draws noise from; None: no plan.
 
     Raises:
         VerificationError: it belongs elsewhere, or its version was changed.
     """
-    wanted = {"format": 1, "version": checkpoint.version, "recipe": recipe, "data": data}
+    wanted = {
+        "format": 1,
+        "version": checkpoint.version,
+        "recipe": recipe,
+        "data": data,
+        "privacy": privacy,
+    }
     for field, value in wanted.items():
         if checkpoint.meta.get(field) != value:
             raise VerificationError(

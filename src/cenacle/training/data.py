@@ -16,9 +16,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from cenacle.documents.privacy import PrivacyPlan, SubjectUnit
 from cenacle.documents.recipe import Recipe, TableData, TensorData
 from cenacle.errors import DataError
 from cenacle.training.sources import Source, TableSource, TensorSource
+from cenacle.training.subjects import array_subjects, column_subjects
 
 __all__ = [
     "Dataset",
@@ -37,11 +39,13 @@ class PartyRows:
         alias: the contract's name of the asset.
         inputs: (rows, *sample shape), as stored (tables: float64), not yet scaled.
         targets: (rows,) class codes (int64) or values (float64).
+        subjects: (rows,) whose each row is, numbered within the asset; None: nobody asked.
     """
 
     alias: str
     inputs: NDArray[Any]
     targets: NDArray[Any]
+    subjects: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -63,17 +67,23 @@ class Dataset:
         """SHA-256 over every value, so that a checkpoint is not resumed on other rows."""
         state = hashlib.sha256()
         for party in self.parties:
-            for array in (party.inputs, party.targets):
+            for array in (party.inputs, party.targets, party.subjects):
+                if array is None:
+                    continue
                 state.update(f"{party.alias} {array.dtype.str} {array.shape};".encode())
                 state.update(np.ascontiguousarray(array).data)
         return "sha256:" + state.hexdigest()
 
 
-def load_dataset(recipe: Recipe, sources: Mapping[str, Source]) -> Dataset:
+def load_dataset(
+    recipe: Recipe, sources: Mapping[str, Source], plan: PrivacyPlan | None = None
+) -> Dataset:
     """Read and check every party's rows.
 
     Args:
         sources: opened assets by alias; must hold every alias of the recipe's data.
+        plan: under which nothing is said about the rows as a whole; ids of subjects are read
+            if they are its unit.
 
     Raises:
         DataError: an asset is missing or of the wrong kind, has no rows, lacks columns or
@@ -87,11 +97,14 @@ def load_dataset(recipe: Recipe, sources: Mapping[str, Source]) -> Dataset:
                 f"the recipe reads asset {alias!r}, which the job does not have",
                 found=", ".join(sorted(sources)) or "no assets",
             )
+    unit = plan.unit if plan is not None else None
+    subject = unit.subject if isinstance(unit, SubjectUnit) else None
     if isinstance(data, TableData):
-        dataset = _load_tables(data, sources)
+        dataset = _load_tables(data, sources, subject)
     else:
-        dataset = _load_tensors(data, sources)
-    _check_classes(recipe, dataset)
+        dataset = _load_tensors(data, sources, subject)
+    if plan is None:
+        _check_classes(recipe, dataset)
     return dataset
 
 
@@ -112,7 +125,14 @@ def _check_classes(recipe: Recipe, dataset: Dataset) -> None:
 # --- tables ------------------------------------------------------------------------------
 
 
-def _load_tables(data: TableData, sources: Mapping[str, Source]) -> Dataset:
+def _load_tables(data: TableData, sources: Mapping[str, Source], subject: str | None) -> Dataset:
+    named = () if data.features == "all_but_target" else data.features
+    if subject is not None and subject in (data.target, *named):
+        raise DataError(
+            f"column {subject!r} holds ids of subjects and is also the target or a feature",
+            remedy="take it out of the recipe's features, or name another column in the plan",
+        )
+    others = set(data.ignore) if subject is None else {*data.ignore, subject}
     features: tuple[str, ...] | None = None
     parties = []
     for alias in data.assets:
@@ -123,32 +143,50 @@ def _load_tables(data: TableData, sources: Mapping[str, Source]) -> Dataset:
         if len(set(names)) != len(names):
             raise DataError(f"asset {alias!r} has two columns of the same name")
         if features is None:
-            features = _feature_names(data, names, alias)
-        _check_columns(data, features, names, alias)
+            features = _feature_names(data, names, others, alias)
+        _check_columns(data, features, names, others, alias)
+        if subject is not None and subject not in names:
+            raise DataError(f"asset {alias!r} lacks the column {subject!r} with ids of subjects")
         if source.num_rows == 0:
             raise DataError(f"asset {alias!r} has no rows")
-        table = source.read([*features, data.target])
+        table = source.read([*features, data.target, *([] if subject is None else [subject])])
         parties.append(
             PartyRows(
                 alias,
                 feature_matrix(table, features, alias),
                 _table_targets(data, table, alias),
+                None
+                if subject is None
+                else column_subjects(
+                    table.column(subject), f"column {subject!r} of asset {alias!r}"
+                ),
             )
         )
     return Dataset(tuple(parties), features)
 
 
-def _feature_names(data: TableData, names: list[str], alias: str) -> tuple[str, ...]:
-    if data.features != "all_but_target":
-        return data.features
-    left_out = {data.target, *data.ignore}
-    features = tuple(name for name in names if name not in left_out)
-    if not features:
-        raise DataError(f"asset {alias!r} has no column but the target and the ignored ones")
+def _feature_names(
+    data: TableData, names: list[str], others: set[str], alias: str
+) -> tuple[str, ...]:
+    features = data.features
+    if features == "all_but_target":
+        left_out = {data.target, *others}
+        features = tuple(name for name in names if name not in left_out)
+        if not features:
+            raise DataError(f"asset {alias!r} has no column but the target and the ignored ones")
+    unknown = sorted(set(data.ranges or ()) - set(features))
+    if unknown:
+        raise DataError(
+            "the recipe states ranges of columns that are no features",
+            found=_listing(unknown),
+            remedy="correct the names in data.ranges",
+        )
     return features
 
 
-def _check_columns(data: TableData, features: Sequence[str], names: list[str], alias: str) -> None:
+def _check_columns(
+    data: TableData, features: Sequence[str], names: list[str], others: set[str], alias: str
+) -> None:
     wanted = {*features, data.target}
     missing = [name for name in (*features, data.target) if name not in names]
     if missing:
@@ -157,7 +195,7 @@ def _check_columns(data: TableData, features: Sequence[str], names: list[str], a
             found=f"{len(names)} columns without {_listing(missing)}",
             expected=f"{len(wanted)} columns of the recipe",
         )
-    extra = [name for name in names if name not in wanted and name not in data.ignore]
+    extra = [name for name in names if name not in wanted and name not in others]
     if data.features == "all_but_target" and extra:
         raise DataError(
             f"asset {alias!r} has columns that the first asset does not have",
@@ -275,14 +313,16 @@ def _as_int64(column: pa.ChunkedArray, what: str) -> pa.ChunkedArray:
 # --- tensors -----------------------------------------------------------------------------
 
 
-def _load_tensors(data: TensorData, sources: Mapping[str, Source]) -> Dataset:
+def _load_tensors(data: TensorData, sources: Mapping[str, Source], subject: str | None) -> Dataset:
+    if subject in (data.inputs, data.labels):
+        raise DataError(f"tensor {subject!r} holds ids of subjects and is also read as data")
     parties: list[PartyRows] = []
     for alias in data.assets:
         source = sources[alias]
         if not isinstance(source, TensorSource):
             raise DataError(f"asset {alias!r} does not hold tensors", remedy="seal it as tensors")
-        for name in (data.inputs, data.labels):
-            if name not in source.names:
+        for name in (data.inputs, data.labels, subject):
+            if name is not None and name not in source.names:
                 raise DataError(
                     f"asset {alias!r} lacks tensor {name!r}", found=_listing(list(source.names))
                 )
@@ -303,7 +343,11 @@ def _load_tensors(data: TensorData, sources: Mapping[str, Source]) -> Dataset:
                 found=inputs.shape[1:],
                 expected=parties[0].inputs.shape[1:],
             )
-        parties.append(PartyRows(alias, inputs, targets))
+        subjects = None
+        if subject is not None:
+            which = f"tensor {subject!r} of asset {alias!r}"
+            subjects = array_subjects(np.asarray(source.read(subject)), len(inputs), which)
+        parties.append(PartyRows(alias, inputs, targets, subjects))
     return Dataset(tuple(parties), None)
 
 

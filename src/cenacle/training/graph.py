@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -229,7 +230,9 @@ def _make_module(  # noqa: PLR0911 - one return a kind of node
     if isinstance(node, layers.Embedding):
         if read.dtype != torch.int64:
             raise ValueError("an embedding reads integers; set integers in the recipe's data")
-        return nn.Embedding(node.num_embeddings, node.embedding_dim, dtype=torch.float32)
+        # Given a table it draws none, which on the meta device would import torch._dynamo.
+        blank = torch.empty((node.num_embeddings, node.embedding_dim), dtype=torch.float32)
+        return nn.Embedding(node.num_embeddings, node.embedding_dim, _weight=blank)
     if read.dtype != torch.float32:
         raise ValueError("only an embedding reads integers")
     if isinstance(node, layers.Linear):
@@ -286,9 +289,26 @@ def _shape_only(module: nn.Module, value: torch.Tensor) -> torch.Tensor:
     """
     if isinstance(module, nn.Linear):
         return _blank(value, (*value.shape[:-1], module.out_features))
+    if isinstance(module, nn.Embedding):
+        shape = (*value.shape, module.embedding_dim)
+        return torch.empty(shape, dtype=module.weight.dtype, device=value.device)
     if isinstance(module, nn.LayerNorm | nn.GroupNorm | nn.BatchNorm1d | nn.BatchNorm2d):
         return _blank(value, value.shape)
+    if isinstance(module, nn.Conv1d | nn.Conv2d):
+        left = _windows(value, module.kernel_size, module.stride, module.padding, module.dilation)
+        if min(left) > 0:
+            return _blank(value, (value.shape[0], module.out_channels, *left))
     return _run(module, value)
+
+
+def _windows(value: torch.Tensor, *sizes: Any) -> list[int]:
+    """How often a window of kernel, stride, padding and dilation fits into each axis."""
+    lengths = value.shape[2:]
+    each = [(size,) * len(lengths) if isinstance(size, int) else size for size in sizes]
+    return [
+        (length + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+        for length, kernel, stride, padding, dilation in zip(lengths, *each, strict=True)
+    ]
 
 
 def _apply(  # noqa: PLR0911, PLR0912 - one case a kind of node
@@ -306,10 +326,17 @@ def _apply(  # noqa: PLR0911, PLR0912 - one case a kind of node
         case layers.Pool():
             pool, rank = _POOLS[node.op]
             _demand_rank(value, rank, rank)
+            if value.is_meta and node.padding == 0:
+                stride = node.kernel_size if node.stride is None else node.stride
+                left = _windows(value, node.kernel_size, stride, 0, 1)
+                if min(left) > 0:
+                    return _blank(value, (*value.shape[:2], *left))
             return pool(value, node.kernel_size, node.stride, node.padding)
         case layers.AdaptiveAvgPool():
             adaptive, rank = _ADAPTIVE[node.op]
             _demand_rank(value, rank, rank)
+            if value.is_meta:
+                return _blank(value, (*value.shape[:2], *(node.output_size,) * (rank - 2)))
             return adaptive(value, node.output_size)
         case layers.Flatten():
             return value.flatten(node.start_axis)
@@ -318,8 +345,14 @@ def _apply(  # noqa: PLR0911, PLR0912 - one case a kind of node
         case layers.Transpose():
             return value.transpose(*node.axes)
         case layers.Mean():
+            if value.is_meta:
+                kept_axes = list(value.shape)
+                del kept_axes[node.axis]
+                return _blank(value, kept_axes)
             return value.mean(node.axis)
         case layers.Dropout():
+            if value.is_meta:
+                return _blank(value, value.shape)
             kept = torch.rand(value.shape, generator=generator, device=value.device) >= node.p
             return value * kept / (1 - node.p)
         case layers.Add():

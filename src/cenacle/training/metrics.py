@@ -18,6 +18,7 @@ __all__ = [
     "classification_metrics",
     "confusion_matrix",
     "log_loss",
+    "noisy_classification_metrics",
     "regression_metrics",
     "rmse",
 ]
@@ -108,4 +109,32 @@ def regression_metrics(truth: Reals, predicted: Reals) -> dict[str, Any]:
         "rmse": rmse(truth, predicted),
         "mae": float(np.mean(np.abs(truth - predicted))),
         "r2": 1.0 - residual / spread if spread > 0 else None,
+    }
+
+
+def noisy_classification_metrics(noisy: Reals, rows: int, deviation: float) -> dict[str, Any]:
+    """What noisy counts say of a classification; nothing else of the rows is read.
+
+    Args:
+        noisy: (classes, classes) confusion matrix to whose counts independent Gaussian noise
+            was added.
+        rows: how many were counted; public.
+        deviation: standard deviation of that noise.
+
+    Returns:
+        ``accuracy`` and ``balanced_accuracy`` within [0, 1], and ``confusion`` as it is: its
+        counts may be negative, so that sums of them are not biased. A class counts towards
+        the balanced accuracy if its noisy number of rows is above two standard deviations;
+        None if no class is.
+    """
+    hits, sizes = np.diag(noisy), noisy.sum(axis=1)
+    present = sizes > 2 * deviation * np.sqrt(len(noisy))
+    recalls = np.clip(hits[present] / sizes[present], 0.0, 1.0)
+    return {
+        "rows": rows,
+        "noisy": True,
+        "noise_std": deviation,
+        "accuracy": float(np.clip(hits.sum() / rows, 0.0, 1.0)),
+        "balanced_accuracy": float(np.mean(recalls)) if present.any() else None,
+        "confusion": np.round(noisy, 3).tolist(),
     }

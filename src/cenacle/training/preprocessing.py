@@ -1,11 +1,13 @@
 """Scaling between stored values and what a model computes with.
 
 Means and standard deviations are taken over training rows only, in float64, and become
-part of the model: whoever receives the model learns them.
+part of the model: whoever receives the model learns them. Ranges are the recipe's, and tell
+nothing of the rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Self
 
 import numpy as np
@@ -13,7 +15,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from cenacle.documents.base import Frozen, PositiveInt
-from cenacle.documents.recipe import Recipe, TensorData
+from cenacle.documents.recipe import Range, Recipe, TableData, TensorData
 
 __all__ = ["Moments", "Preprocessing"]
 
@@ -38,6 +40,8 @@ class Preprocessing(Frozen):
         scale: factor on every element, before standardization.
         inputs: per channel, per feature or (one entry) over all elements; None: leave.
         target: of a standardized regression target, one entry.
+        ranges: per feature (low, high), to which values are clamped before they are scaled to
+            -1 .. 1, or None for a feature that stays as it is.
     """
 
     shape: Annotated[tuple[PositiveInt, ...], Field(min_length=1, max_length=5)]
@@ -45,6 +49,7 @@ class Preprocessing(Frozen):
     scale: Spread
     inputs: Moments | None = None
     target: Moments | None = None
+    ranges: tuple[Range | None, ...] | None = None
 
     @model_validator(mode="after")
     def _moments_fit(self) -> Self:
@@ -54,6 +59,11 @@ class Preprocessing(Frozen):
                 raise ValueError("inputs has another number of moments than the samples")
         if self.target is not None and (len(self.target.mean), len(self.target.std)) != (1, 1):
             raise ValueError("target has one mean and one std")
+        if self.ranges is not None:
+            if self.integers or self.inputs is not None or self.shape != (len(self.ranges),):
+                raise ValueError("ranges are one a feature, of numbers scaled by nothing else")
+            if any(pair is not None and not pair[0] < pair[1] for pair in self.ranges):
+                raise ValueError("a range is empty")
         return self
 
     @classmethod
@@ -63,9 +73,17 @@ class Preprocessing(Frozen):
         shape: tuple[int, ...],
         inputs: NDArray[Any],
         targets: NDArray[Any],
+        features: Sequence[str] | None = None,
     ) -> Self:
-        """Take the moments that the recipe asks for over these training rows."""
+        """Take the moments that the recipe asks for over these training rows.
+
+        Args:
+            features: names of a table's features, for the recipe's ranges.
+        """
         data = recipe.data
+        ranges = None
+        if isinstance(data, TableData) and data.ranges is not None:
+            ranges = tuple(map(data.ranges.get, features or ()))
         moments = None
         scale = data.scale if isinstance(data, TensorData) else 1.0
         if data.standardize:
@@ -79,6 +97,7 @@ class Preprocessing(Frozen):
             scale=scale,
             inputs=moments,
             target=target,
+            ranges=ranges,
         )
 
     def apply(self, stored: NDArray[Any]) -> NDArray[Any]:
@@ -95,8 +114,16 @@ class Preprocessing(Frozen):
                     wide = (-1, *(1 for _ in self.shape[1:]))
                     mean, std = mean.reshape(wide), std.reshape(wide)
                 chunk = (chunk - mean) / std
-            out[start : start + _CHUNK_ROWS] = chunk
+            out[start : start + _CHUNK_ROWS] = self._within_ranges(chunk)
         return out
+
+    def _within_ranges(self, chunk: NDArray[np.float64]) -> NDArray[np.float64]:
+        for feature, pair in enumerate(self.ranges or ()):
+            if pair is not None:
+                low, high = pair
+                values = np.clip(chunk[:, feature], low, high)
+                chunk[:, feature] = (values - low) / (high - low) * 2.0 - 1.0
+        return chunk
 
     def apply_target(self, targets: NDArray[np.float64]) -> NDArray[np.float32]:
         """Regression targets in the model's unit."""

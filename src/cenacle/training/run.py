@@ -11,23 +11,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cenacle.documents.recipe import GraphModel, Recipe, TensorData
-from cenacle.errors import DataError, VerificationError
+from cenacle.errors import DataError, DocumentError, VerificationError
 from cenacle.training import checkpoint as checkpointing
 from cenacle.training._torch import torch
 from cenacle.training.checkpoint import CheckpointSink, Tensors
-from cenacle.training.data import load_dataset
-from cenacle.training.inference import class_probabilities
-from cenacle.training.metrics import classification_metrics, regression_metrics
+from cenacle.training.data import Dataset, load_dataset
+from cenacle.training.loop import Loop, Rows, reproducible
+from cenacle.training.method import Chosen, Method, OrdinaryMethod, Stage
 from cenacle.training.model_file import ModelMetadata
 from cenacle.training.models import build_model, model_shape, model_tensors
 from cenacle.training.preprocessing import Preprocessing
-from cenacle.training.randomness import numpy_generator
 from cenacle.training.sources import Source, TensorSource
-from cenacle.training.split import choose, split_rows, strata_of
-from cenacle.training.trainer import Batches, Rows, Trainer, reproducible
+from cenacle.training.split import split_rows
 
 if TYPE_CHECKING:
+    from cenacle.documents.privacy import PrivacyEvent
     from cenacle.training.offloading import Offloading
+    from cenacle.training.private import Privacy
 
 __all__ = ["Progress", "TrainingResult", "train"]
 
@@ -42,14 +42,17 @@ class TrainingResult:
         model_tensors: the pooled model's parameters and buffers by name.
         metadata: what rebuilds and feeds it (:class:`ModelMetadata` as JSON values).
         metrics: JSON values: ``measured_on`` (holdout or training), ``pooled``, ``alone`` by
-            alias, ``rows`` by alias (training, holdout), ``epochs`` and ``loss`` run.
+            alias, ``rows`` by alias (training, holdout), ``epochs`` and ``loss`` run. Under a
+            privacy plan from noisy counts alone, and without a loss.
         description: one line for people.
+        events: what was spent under a privacy plan: training, then metrics.
     """
 
     model_tensors: Tensors
     metadata: dict[str, Any]
     metrics: dict[str, Any]
     description: str
+    events: tuple[PrivacyEvent, ...] = ()
 
 
 def train(
@@ -61,6 +64,7 @@ def train(
     checkpoint_every: int = 0,
     threads: int | None = None,
     offloading: Offloading | None = None,
+    privacy: Privacy | None = None,
 ) -> TrainingResult:
     """Run a recipe on opened assets.
 
@@ -75,25 +79,17 @@ def train(
         checkpoint_every: also after so many steps; 0: no more.
         threads: of torch; None leaves them as they are.
         offloading: where the models' linear algebra goes; None: nowhere.
+        privacy: what bounds what the result tells of single records; None: nothing does.
 
     Raises:
         DataError: the data does not fit the recipe.
-        DocumentError: the model does not fit the data.
-        EnclaveError: training diverged.
+        DocumentError: the model does not fit the data, or the recipe the privacy plan.
+        EnclaveError: training diverged, or spent more privacy than planned.
         VerificationError: the checkpoint belongs to another job.
     """
     with reproducible(threads):
-        job = _Job(recipe, sources, progress, checkpoints, checkpoint_every, offloading)
+        job = _Job(recipe, sources, progress, checkpoints, checkpoint_every, offloading, privacy)
         return job.run()
-
-
-@dataclass(frozen=True)
-class _Stage:
-    """One model to train: on all parties (alias None) or on one."""
-
-    alias: str | None
-    training: tuple[NDArray[np.int64], ...]
-    steps: int
 
 
 class _Job:
@@ -105,10 +101,14 @@ class _Job:
         sink: CheckpointSink | None,
         every: int,
         offloading: Offloading | None,
+        privacy: Privacy | None,
     ) -> None:
         self.recipe = recipe
         self.offloading = offloading
-        self.dataset = load_dataset(recipe, sources)
+        dataset = load_dataset(recipe, sources, privacy.plan if privacy else None)
+        self.data_digest = dataset.digest if sink is not None or privacy is not None else ""
+        self.method = self._method(dataset, privacy)
+        self.dataset = self.method.dataset
         self.initial = _initial_weights(recipe, sources)
         self.splits = split_rows(recipe, self.dataset)
         self.shape = model_shape(recipe, self.dataset.parties[0].inputs.shape[1:])
@@ -120,47 +120,33 @@ class _Job:
         self.stage = 0
         self.results: list[dict[str, Any]] = []
         self.pooled: Tensors = {}
-        self.data_digest = self.dataset.digest if sink is not None else ""
+
+    def _method(self, dataset: Dataset, privacy: Privacy | None) -> Method:
+        if privacy is None:
+            return OrdinaryMethod(self.recipe, dataset)
+        if self.offloading is not None:
+            raise DocumentError("a privacy plan cannot be kept under an offload plan yet")
+        from cenacle.training.private import PrivateMethod  # noqa: PLC0415 - for such jobs alone
+
+        return PrivateMethod(self.recipe, privacy, dataset, self.data_digest)
 
     # --- planning ------------------------------------------------------------------------
 
-    def _plan(self) -> tuple[_Stage, ...]:
+    def _plan(self) -> tuple[Stage, ...]:
         nothing = np.empty(0, dtype=np.int64)
         aliases: list[str | None] = [None]
         if self.recipe.compare_alone:
             aliases += [party.alias for party in self.dataset.parties]
         stages = []
-        for alias in aliases:
+        for number, alias in enumerate(aliases):
             training = tuple(
                 split.training if alias in (None, party.alias) else nothing
                 for party, split in zip(self.dataset.parties, self.splits, strict=True)
             )
-            rows = sum(len(chosen) for chosen in training)
-            if self.recipe.early_stopping is not None:
-                rows -= sum(len(held) for held in self._validation(training))
-            batches = Batches(rows, self.recipe.batch_size).bounds
-            stages.append(_Stage(alias, training, len(batches) * self.recipe.epochs))
+            learnt, _ = self.method.divide(training)
+            steps = self.method.steps(sum(len(rows) for rows in learnt))
+            stages.append(Stage(number, alias, training, steps))
         return tuple(stages)
-
-    def _validation(self, training: tuple[NDArray[np.int64], ...]) -> tuple[NDArray[np.int64], ...]:
-        """Rows that early stopping takes out of ``training``, the same for pooled and alone."""
-        plan = self.recipe.early_stopping
-        assert plan is not None
-        held = []
-        for party, chosen in zip(self.dataset.parties, training, strict=True):
-            generator = numpy_generator(self.recipe.seed, "validation", party.alias)
-            if len(chosen) == 0:
-                held.append(chosen)
-                continue
-            strata = strata_of(self.recipe, party.targets[chosen])
-            held.append(chosen[choose(strata, plan.validation_fraction, generator)])
-        if any(len(rows) for rows in training) and not any(len(rows) for rows in held):
-            raise DataError(
-                "early stopping has no validation rows",
-                found=f"{sum(len(rows) for rows in training)} training rows",
-                remedy="raise early_stopping.validation_fraction or bring more rows",
-            )
-        return tuple(held)
 
     # --- running -------------------------------------------------------------------------
 
@@ -176,45 +162,40 @@ class _Job:
         self.stage = len(self.stages)
         return self._result()
 
-    def _run_stage(self, stage: _Stage, state: tuple[Tensors, Mapping[str, Any]] | None) -> None:
-        trainer, preprocessing = self._prepare(stage)
+    def _run_stage(self, stage: Stage, state: tuple[Tensors, Mapping[str, Any]] | None) -> None:
+        loop, preprocessing = self._prepare(stage)
         if state is not None:
-            trainer.restore(*state)
+            loop.restore(*state)
         before = sum(earlier.steps for earlier in self.stages[: self.stage])
         total = sum(each.steps for each in self.stages)
 
         def after_step() -> None:
-            if self.sink is not None and self.every and trainer.step % self.every == 0:
-                self._save(trainer)
+            if self.sink is not None and self.every and loop.step % self.every == 0:
+                self._save(loop)
             if self.progress is not None:
-                self.progress(before + trainer.step, total)
+                self.progress(before + loop.step, total)
 
         outside: AbstractContextManager[object] = nullcontext()
         if self.offloading:
-            outside = self.offloading.session(trainer.model, trainer.optimizer)
+            outside = self.offloading.session(loop.model, loop.optimizer)
         with outside:
-            trainer.run(after_step)
-            self.results.append(self._measure(trainer, preprocessing))
+            loop.run(after_step)
+            self.results.append(self._measure(stage, loop, preprocessing))
         if stage.alias is None:
-            self.pooled = model_tensors(trainer.model)
+            self.pooled = model_tensors(loop.model)
             self.results[0]["preprocessing"] = preprocessing.to_fields()
         if self.sink is not None:
             self.stage += 1
             self._save(None)
-        if self.progress is not None and trainer.step < stage.steps:
+        if self.progress is not None and loop.step < stage.steps:
             self.progress(before + stage.steps, total)
 
-    def _prepare(self, stage: _Stage) -> tuple[Trainer, Preprocessing]:
-        training = stage.training
-        validation: tuple[NDArray[np.int64], ...] = ()
-        if self.recipe.early_stopping is not None:
-            validation = self._validation(training)
-            training = tuple(
-                np.setdiff1d(all_rows, held, assume_unique=True)
-                for all_rows, held in zip(training, validation, strict=True)
-            )
-        inputs, targets = self._gather(training)
-        preprocessing = Preprocessing.fit(self.recipe, self.shape, inputs, targets)
+    def _prepare(self, stage: Stage) -> tuple[Loop, Preprocessing]:
+        learnt, held = self.method.divide(stage.training)
+        inputs, targets = self._gather(learnt)
+        preprocessing = Preprocessing.fit(
+            self.recipe, self.shape, inputs, targets, self.dataset.features
+        )
         model = build_model(
             self.recipe,
             self.shape,
@@ -226,14 +207,10 @@ class _Job:
         if preprocessing.integers:
             for party in self.dataset.parties:
                 model.check_integers(party.inputs)
-        if len(rows) == 1 and any(node.op == "batch_norm" for node in model.nodes):
-            raise DataError("batch normalization cannot train on a single row")
-        held_rows = None
-        if validation:
-            held_rows = self._rows(*self._gather(validation), preprocessing)
-        return Trainer(self.recipe, model, rows, held_rows), preprocessing
+        watched = self._rows(*self._gather(held), preprocessing) if held is not None else None
+        return self.method.loop(stage, model, learnt, rows, watched), preprocessing
 
-    def _gather(self, chosen: tuple[NDArray[np.int64], ...]) -> tuple[NDArray[Any], NDArray[Any]]:
+    def _gather(self, chosen: Chosen) -> tuple[NDArray[Any], NDArray[Any]]:
         pairs = list(zip(self.dataset.parties, chosen, strict=True))
         return (
             np.concatenate([party.inputs[rows] for party, rows in pairs]),
@@ -247,26 +224,18 @@ class _Job:
             targets = preprocessing.apply_target(targets)
         return Rows(torch.from_numpy(preprocessing.apply(inputs)), torch.from_numpy(targets))
 
-    def _measure(self, trainer: Trainer, preprocessing: Preprocessing) -> dict[str, Any]:
+    def _measure(self, stage: Stage, loop: Loop, preprocessing: Preprocessing) -> dict[str, Any]:
         """Every model is measured on the same rows: the pooled holdout, or all training rows."""
         chosen = tuple(
             split.holdout if self.recipe.holdout.fraction > 0 else split.training
             for split in self.splits
         )
-        inputs, targets = self._gather(chosen)
-        outputs = trainer.outputs(torch.from_numpy(preprocessing.apply(inputs))).numpy()
-        if self.recipe.task == "classification":
-            measured = classification_metrics(targets, class_probabilities(outputs))
-        else:
-            measured = regression_metrics(targets, preprocessing.restore_target(outputs[:, 0]))
-        return {
-            "metrics": {**measured, "epochs": trainer.epoch, "training_loss": trainer.losses[-1]}
-        }
+        return self.method.measure(stage, loop, preprocessing, *self._gather(chosen))
 
     # --- checkpoints ---------------------------------------------------------------------
 
-    def _save(self, trainer: Trainer | None) -> None:
-        """``trainer`` None: between two models."""
+    def _save(self, loop: Loop | None) -> None:
+        """``loop`` None: between two models."""
         assert self.sink is not None
         tensors: Tensors = {f"pooled/{name}": array for name, array in self.pooled.items()}
         meta: dict[str, Any] = {
@@ -274,12 +243,13 @@ class _Job:
             "version": self.version + 1,
             "recipe": self.recipe.digest,
             "data": self.data_digest,
+            "privacy": self.method.mark,
             "stage": self.stage,
             "results": self.results,
             "trainer": None,
         }
-        if trainer is not None:
-            state, meta["trainer"] = trainer.state()
+        if loop is not None:
+            state, meta["trainer"] = loop.state()
             tensors |= {f"trainer/{name}": array for name, array in state.items()}
         self.sink.save(self.version + 1, tensors, meta)
         self.version += 1
@@ -288,7 +258,9 @@ class _Job:
         newest = self.sink.load() if self.sink is not None else None
         if newest is None:
             return None
-        checkpointing.check(newest, recipe=self.recipe.digest, data=self.data_digest)
+        checkpointing.check(
+            newest, recipe=self.recipe.digest, data=self.data_digest, privacy=self.method.mark
+        )
         meta = newest.meta
         results, trainer = meta.get("results"), meta.get("trainer")
         if (
@@ -345,7 +317,13 @@ class _Job:
             f"parameters, trained on {rows} rows of {len(self.splits)} parties "
             f"in {measured[0]['epochs']} epochs"
         )
-        return TrainingResult(self.pooled, metadata.to_fields(), metrics, description)
+        return TrainingResult(
+            self.pooled,
+            metadata.to_fields(),
+            metrics,
+            description,
+            self.method.events(self.results),
+        )
 
 
 def _initial_weights(

@@ -1,7 +1,8 @@
 """Which rows train and which only measure, decided by seed and party.
 
 A party's split depends on its own rows, its alias and the recipe's seed alone: another
-party that joins or leaves does not move it.
+party that joins or leaves does not move it. Where rows have subjects, subjects are split, by
+their number alone; all rows of one go to the same side.
 """
 
 from __future__ import annotations
@@ -60,7 +61,12 @@ def strata_of(recipe: Recipe, targets: NDArray[np.int64] | NDArray[np.float64]) 
 
 def _split_party(recipe: Recipe, party: PartyRows) -> Split:
     generator = numpy_generator(recipe.seed, "holdout", party.alias)
-    held = choose(strata_of(recipe, party.targets), recipe.holdout.fraction, generator)
+    fraction = recipe.holdout.fraction
+    if party.subjects is not None:
+        alike = np.zeros(int(party.subjects.max()) + 1, dtype=np.int64)
+        held = choose(alike, fraction, generator)[party.subjects]
+    else:
+        held = choose(strata_of(recipe, party.targets), fraction, generator)
     return Split(np.flatnonzero(~held), np.flatnonzero(held))
 
 

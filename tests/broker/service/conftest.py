@@ -41,6 +41,7 @@ from cenacle.documents.base import b64, format_time, parse_json, sha256_digest, 
 from cenacle.documents.contract import Contract, RecipeJob, Veto
 from cenacle.documents.dsse import Envelope
 from cenacle.documents.party import Party
+from cenacle.documents.privacy import NOT_PRIVATE, PrivacyEvent
 from cenacle.documents.receipt import (
     Binding,
     InputRecord,
@@ -203,7 +204,12 @@ class Enclave:
         signed = Envelope.sign(self.settlement(run, **changes), self.signing)
         return self.world.desk.settle(signed)
 
-    def finish(self, answer: ReleaseResponse) -> ReceiptBundle:
+    def finish(
+        self,
+        answer: ReleaseResponse,
+        privacy: Any = NOT_PRIVATE,
+        spent: tuple[PrivacyEvent, ...] = (),
+    ) -> ReceiptBundle:
         """Seal outputs (in name only), sign the statement, settle: the whole receipt."""
         world, view = self.world, self.world.broker.contract(self.contract)
         contract = Envelope.from_fields(view.contract).peek(Contract)
@@ -237,7 +243,7 @@ class Enclave:
                 for alias, asset in assets.items()
             },
             outputs=outputs,
-            privacy="none",
+            privacy=privacy,
             offload=LeakageRecord(
                 scheme="enclave",
                 inputs="hidden",
@@ -262,6 +268,7 @@ class Enclave:
                 ).to_fields()
                 for o in outputs
             ],
+            privacy=[event.to_fields() for event in spent] or None,
         )
         return ReceiptBundle(
             statement=statement.to_fields(),

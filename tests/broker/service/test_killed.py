@@ -26,7 +26,13 @@ from cenacle.broker.entries import ReleaseEntry
 from cenacle.broker.log import TreeHead
 from cenacle.broker.store import Store
 from cenacle.documents.base import b64, unb64
-from cenacle.errors import CenacleError, ConflictError, EvidenceError, UnavailableError
+from cenacle.errors import (
+    CenacleError,
+    ConflictError,
+    EvidenceError,
+    RefusedError,
+    UnavailableError,
+)
 
 pytestmark = pytest.mark.processes
 Started = dict[str, Any]
@@ -358,3 +364,61 @@ def test_killed_at_random(remote_world: Any, kills: int) -> None:
             assert {r.run for r in reservations} == runs
             assert tx.ledger(asset.digest).uses == len(runs)
             assert tx.ledger(asset.digest).uses_reserved == 0
+
+
+def test_killed_between_release_and_settlement_the_loss_stays_charged(
+    remote_world: Any, zygote: Zygote, make_terms: Callable[..., dict[str, Any]]
+) -> None:
+    """Whatever the job did or did not do: its plan is charged in full until it says less."""
+    pytest.importorskip("dp_accounting", reason="dp-accounting is not installed")
+    world = remote_world
+    zygote.start(world)
+    for name in ("hospital-a", "clinic"):
+        world.register(name)
+    budget = {"epsilon": 1.0, "delta": 1e-5}
+    terms = make_terms(recipes=["logistic"], privacy=budget)
+    asset = world.deposit("hospital-a", "records", terms=terms)
+    job = {
+        "type": "recipe",
+        "recipe": {
+            "task": "classification",
+            "data": {
+                "form": "table",
+                "assets": ["hospital-a"],
+                "target": "diagnosis",
+                "classes": ["malignant", "benign"],
+                "standardize": False,
+            },
+            "model": {"type": "logistic"},
+            "optimizer": {"type": "sgd", "learning_rate": 0.1},
+            "epochs": 1,
+            "holdout": {"fraction": 0.0},
+        },
+    }
+    plan = {**budget, "clipping_norm": 1.0, "noise_multiplier": 4.5, "sampling_probability": 1.0}
+    digest = world.agree(world.contract(asset, job=job, privacy=plan))
+    second = world.agree(world.contract(asset, job=job, privacy=plan, name="second"))
+    run = world.enclave(digest).release().run
+    zygote.kill()
+
+    client = zygote.start(world)
+    key = world.actors["hospital-a"].signing
+    spent = client.budget(key, "hospital-a", asset.digest)
+    assert (spent.jobs, spent.unbounded) == (1, 0)
+    assert spent.spent is not None
+    assert 0.5 < spent.spent <= 1.0
+    with pytest.raises(RefusedError, match="privacy"):
+        world.enclave(second).release()
+    zygote.kill()
+
+    client = zygote.start(world)
+    resumed = world.enclave(digest)
+    resumed.release(resume=run)
+    half = {"noise_multiplier": 18.0, "sampling_probability": 1.0, "steps": 1}
+    resumed.settle(run, privacy=[half])
+    zygote.kill()
+
+    client = zygote.start(world)
+    assert (client.budget(key, "hospital-a", asset.digest).spent or 9) < spent.spent / 1.5
+    world.enclave(second).release()
+    zygote.kill()

@@ -8,6 +8,7 @@ request on.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -20,6 +21,10 @@ from cenacle.broker.server import bind, serve
 from cenacle.broker.service import Broker
 from cenacle.broker.store import Store
 from cenacle.broker.tls import ensure_certificate
+
+# Every process that composes losses would import it for seconds; here it is optional as there.
+with contextlib.suppress(ImportError):
+    import dp_accounting  # noqa: F401
 
 
 def arm(store: Store, when: str, number: int) -> None:

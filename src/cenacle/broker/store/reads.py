@@ -228,6 +228,25 @@ class ReadTransaction:
         )
         return [Reservation(*row) for row in rows]
 
+    def charged_events(self, asset: str, *, without: str = "") -> list[tuple[str, bool, int]]:
+        """What jobs were charged for on an asset's data, over all manifests of that data.
+
+        Args:
+            without: a run that is left out.
+
+        Returns:
+            Each different event with whether it is bounded, and how many runs were charged it.
+        """
+        rows = self._session.all(
+            "SELECT event, epsilon, count(*) FROM reservations"
+            " WHERE run <> :without AND asset IN (SELECT mine.asset FROM lineages AS mine"
+            " JOIN lineages AS given ON mine.lineage = given.lineage WHERE given.asset = :asset)"
+            " GROUP BY event, epsilon ORDER BY event, epsilon",
+            asset=asset,
+            without=without,
+        )
+        return [(event, epsilon is not None, count) for event, epsilon, count in rows]
+
     def ledger(self, asset: str) -> LedgerView:
         """An asset's charges in one read: running totals, equal to the sum of its reservations.
 

@@ -114,8 +114,13 @@ class RegistryWrites(ReadTransaction):
         wrapped_key: bytes,
         *,
         replaces: str | None = None,
+        container: str | None = None,
     ) -> None:
         """Register an asset with its wrapped key, optionally as the successor of another.
+
+        Args:
+            container: digest of the ciphertext. What an owner's manifests of one container, and
+                those that replace each other, say of privacy is counted together.
 
         Raises:
             ConflictError: it is registered already, its owner is unknown, or the asset that it
@@ -138,6 +143,7 @@ class RegistryWrites(ReadTransaction):
             " VALUES (:asset, 0, 0, 0, 0, 0, 0, 0)",
             asset=digest,
         )
+        self._join_lineage(digest, owner, replaces, container or digest)
         if replaces is None:
             return
         changed = self._session.run(
@@ -153,6 +159,34 @@ class RegistryWrites(ReadTransaction):
                 found=f"{replaces}: unknown, of another owner, or replaced already",
                 expected="the newest version of an asset of the same owner",
             )
+
+    def _join_lineage(self, digest: str, owner: str, replaces: str | None, container: str) -> None:
+        """Put an asset among those of the same data; it may show that two of them are one."""
+        # Of the same owner only: nobody spends a stranger's budget by naming his container.
+        rows = self._session.all(
+            "SELECT DISTINCT lineages.lineage FROM lineages"
+            " JOIN assets ON assets.digest = lineages.asset"
+            " WHERE assets.owner = :owner"
+            " AND (lineages.container = :container OR lineages.asset = :replaces)"
+            " ORDER BY lineages.lineage",
+            owner=owner,
+            container=container,
+            replaces=replaces or digest,
+        )
+        known = [row[0] for row in rows] or [digest]
+        for other in known[1:]:
+            self._session.run(
+                "UPDATE lineages SET lineage = :kept WHERE lineage = :other",
+                kept=known[0],
+                other=other,
+            )
+        self._session.run(
+            "INSERT INTO lineages (asset, lineage, container)"
+            " VALUES (:asset, :lineage, :container)",
+            asset=digest,
+            lineage=known[0],
+            container=container,
+        )
 
     def set_wrapped_key(self, digest: str, wrapped_key: bytes) -> None:
         """Exchange an asset's wrapped key (the same key, wrapped anew)."""

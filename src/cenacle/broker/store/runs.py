@@ -217,9 +217,18 @@ class RunWrites(RegistryWrites):
             raise _reserved_already(charges)
 
     def settle(
-        self, run: str, asset: str, epsilon: float | None = None, delta: float | None = None
+        self,
+        run: str,
+        asset: str,
+        epsilon: float | None = None,
+        delta: float | None = None,
+        *,
+        event: str | None = None,
     ) -> Charge:
         """Lower a reservation to the loss that was really spent; the uses stay.
+
+        Args:
+            event: in place of the reserved one, which it must not exceed; None leaves that.
 
         Returns what stays charged. None: the run states no loss and stays charged in full.
 
@@ -235,12 +244,13 @@ class RunWrites(RegistryWrites):
             raise ConflictError("a reservation was settled already", found=f"{run}, {asset}")
         charge = settled_charge(reservation.charge, epsilon, delta)
         self._session.run(
-            "UPDATE reservations SET state = 'settled', epsilon = :epsilon, delta = :delta"
-            " WHERE run = :run AND asset = :asset",
+            "UPDATE reservations SET state = 'settled', epsilon = :epsilon, delta = :delta,"
+            " event = :event WHERE run = :run AND asset = :asset",
             run=run,
             asset=asset,
             epsilon=_real(charge.epsilon),
             delta=_real(charge.delta),
+            event=reservation.event if event is None else event,
         )
         self._set_totals(asset, _moved(self.ledger(asset), reservation, charge))
         return charge

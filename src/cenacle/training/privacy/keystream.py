@@ -39,14 +39,16 @@ class Keystream:
     """A stream of uniform 64-bit words; safe to share between threads and over forks.
 
     Args:
-        key: 32 bytes, for tests alone; by default fresh from the system.
+        key: 32 bytes that determine every word; by default fresh from the system.
+        secret: the given key is known to nobody else and used for this stream alone. Without it
+            a key is for tests, and the stream is not secure.
     """
 
-    def __init__(self, key: bytes | None = None) -> None:
+    def __init__(self, key: bytes | None = None, *, secret: bool = False) -> None:
         if key is not None and len(key) != 32:
             raise PrivacyError("a key of the noise has the wrong length", found=len(key),
                                expected="32 bytes")  # fmt: skip
-        self.secure = key is None
+        self.secure = key is None or secret
         self._given = key
         self._lock = threading.Lock()
         self._owner = -1

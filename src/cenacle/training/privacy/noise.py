@@ -20,16 +20,28 @@ class Noise:
     """Adds Gaussian noise to sums; see :mod:`gaussian` and :mod:`keystream`.
 
     Args:
-        key: 32 bytes that determine everything, for tests alone; the record then says that
-            the noise was not secret.
+        key: 32 bytes that determine everything, whatever the number of threads; unless
+            ``secret``, for tests alone: the record then says that the noise was not secret.
+        secret: the given key is known to nobody else, and no other noise has it.
         terms: normal samples that are summed to one (Holohan and Braghin 2021).
+        compiled: use the compiled sampler where numba is. Importing and compiling it takes
+            seconds, which a hundred million samples repay; the numbers are others.
     """
 
-    def __init__(self, *, key: bytes | None = None, terms: int = 2) -> None:
+    def __init__(
+        self,
+        *,
+        key: bytes | None = None,
+        secret: bool = False,
+        terms: int = 2,
+        compiled: bool = True,
+    ) -> None:
         if terms < 1:
             raise PrivacyError("terms cannot be used", found=terms, expected="1 or more")
-        self.stream = Keystream(key)
+        self.stream = Keystream(key, secret=secret)
         self.terms = terms
+        self._compiled = compiled
+        self._given = key is not None
 
     @property
     def secure(self) -> bool:
@@ -38,7 +50,7 @@ class Noise:
 
     def number(self) -> float:
         """One standard normal sample."""
-        return float(normals(self.stream, 1, terms=self.terms)[0])
+        return float(normals(self.stream, 1, terms=self.terms, compiled=self._compiled)[0])
 
     def release(
         self,
@@ -63,18 +75,18 @@ class Noise:
             for (p, _), total in zip(pairs, sums, strict=True):
                 p.grad = (total / divisor).to(p.dtype)
             return
-        for total in sums:
-            low, high = torch.aminmax(total) if total.numel() else (total.sum(), total.sum())
+        flat, whole = _flat(sums)
+        for total in whole:
+            low, high = torch.aminmax(torch.from_numpy(total))
             if not max(-float(low), float(high)) < scale * 2.0**22:
                 raise PrivacyError(
                     "the clipped sum cannot be noised exactly",
                     expected="finite, and below 2^22 times the noise's standard deviation",
                     remedy="use a larger noise multiplier or smaller batches",
                 )
-        flat = [_flat(total) for total in sums]
         chunks: list[list[tuple[Any, Any]]] = [[]]
         room = BLOCK
-        for total in flat:
+        for total in whole:
             begin = 0
             while begin < total.size:
                 end = min(begin + room, total.size)
@@ -86,19 +98,47 @@ class Noise:
                     room = BLOCK
 
         def work(pieces: list[tuple[Any, Any]]) -> None:
-            add_noise(self.stream, pieces, scale=scale, divisor=divisor, terms=self.terms)
+            add_noise(
+                self.stream,
+                pieces,
+                scale=scale,
+                divisor=divisor,
+                terms=self.terms,
+                compiled=self._compiled,
+            )
 
         threads = min(torch.get_num_threads(), len(chunks))
-        if threads < 2 or not self.secure:  # with a given key the order decides the numbers
+        if threads < 2 or self._given:  # with a given key the order decides the numbers
             for pieces in chunks:
                 work(pieces)
         else:
             with ThreadPoolExecutor(threads) as pool:
                 list(pool.map(work, chunks))
         for (p, _), out in zip(pairs, flat, strict=True):
-            p.grad = torch.from_numpy(out).view(p.shape).to(device=p.device, dtype=p.dtype)
+            p.grad = out.to(device=p.device, dtype=p.dtype)
 
 
-def _flat(total: Tensor) -> Any:
+def _flat(sums: Sequence[Tensor]) -> tuple[list[Tensor], list[Any]]:
+    """The sums in the processor's memory, and flat arrays that hold them: small ones in one."""
+    out: list[Tensor] = [torch.empty(0)] * len(sums)
+    whole: list[Any] = []
+    small: dict[Any, list[int]] = {}
+    for place, total in enumerate(sums):
+        if total.numel() < BLOCK:
+            small.setdefault((total.dtype, total.device), []).append(place)
+        else:
+            out[place] = _plain(total)
+            whole.append(out[place].view(-1).numpy())
+    for places in small.values():
+        joined = _plain(torch.cat([sums[place].reshape(-1) for place in places]))
+        parts = torch.split(joined, [sums[place].numel() for place in places])
+        for place, part in zip(places, parts, strict=True):
+            out[place] = part.view(sums[place].shape)
+        if joined.numel():
+            whole.append(joined.numpy())
+    return out, whole
+
+
+def _plain(total: Tensor) -> Tensor:
     kind = torch.float64 if total.dtype == torch.float64 else torch.float32
-    return total.detach().to(device="cpu", dtype=kind).contiguous().view(-1).numpy()
+    return total.detach().to(device="cpu", dtype=kind).contiguous()

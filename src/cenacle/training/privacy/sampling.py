@@ -37,11 +37,18 @@ class PoissonSampler:
         population: examples in the data set.
         rate: probability of each, above 0 and at most 1.
         steps: batches of one iteration; by default about one pass, ``ceil(1 / rate)``.
-        key: 32 bytes, for tests alone.
+        key: 32 bytes that determine the batches; unless ``secret``, for tests alone.
+        secret: the given key is known to nobody else, and nothing else has it.
     """
 
     def __init__(
-        self, population: int, rate: float, *, steps: int | None = None, key: bytes | None = None
+        self,
+        population: int,
+        rate: float,
+        *,
+        steps: int | None = None,
+        key: bytes | None = None,
+        secret: bool = False,
     ) -> None:
         if population < 1:
             raise PrivacyError("population cannot be used", found=population, expected="1 or more")
@@ -49,7 +56,7 @@ class PoissonSampler:
             raise PrivacyError("rate cannot be used", found=rate, expected="at most 1")
         self.population, self.rate = population, float(rate)
         self.steps = math.ceil(1 / self.rate) if steps is None else steps
-        self._stream = Keystream(key)
+        self._stream = Keystream(key, secret=secret)
 
     @property
     def expected_batch(self) -> float:
@@ -82,10 +89,13 @@ class ShuffledSampler:
     Args:
         population: examples in the data set.
         batch_size: examples of a batch.
-        key: 32 bytes, for tests alone.
+        key: 32 bytes that determine the order; unless ``secret``, for tests alone.
+        secret: the given key is known to nobody else, and nothing else has it.
     """
 
-    def __init__(self, population: int, batch_size: int, *, key: bytes | None = None) -> None:
+    def __init__(
+        self, population: int, batch_size: int, *, key: bytes | None = None, secret: bool = False
+    ) -> None:
         if population < 1 or batch_size < 1:
             raise PrivacyError(
                 "population and batch_size cannot be used",
@@ -93,7 +103,7 @@ class ShuffledSampler:
                 expected="1 or more",
             )
         self.population, self.batch_size = population, batch_size
-        self._stream = Keystream(key)
+        self._stream = Keystream(key, secret=secret)
 
     @property
     def expected_batch(self) -> float:
