@@ -34,6 +34,7 @@ def test_every_script_is_tested() -> None:
     scripts = {str(p.relative_to(EXAMPLES)) for p in EXAMPLES.rglob("*.py")}
     assert scripts == {
         "library_use.py",
+        *("mnist_privacy.py", "mnist_privacy_features.py", "mnist_privacy_plot.py"),
         "offload_training.py",
         "private_training.py",
         "program_job/play.py",
