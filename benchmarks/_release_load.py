@@ -116,9 +116,11 @@ class _Load:
 
         async def enclave() -> None:
             connection = _Connection(self.identity)
-            # Every agent reads its contract before it asks; here before the clock runs.
+            # Parties review a contract, and every agent reads it; here before the clock runs.
             while not self.fresh and unread:
-                await connection.request("GET", f"/v1/contracts/{unread.pop().contract}")
+                contract = f"/v1/contracts/{unread.pop().contract}"
+                await connection.request("GET", contract)
+                await connection.request("GET", f"{contract}/review")
             started.release()
             await ready.wait()
             while waiting:

@@ -274,6 +274,28 @@ def test_refuses_public_keys_of_small_order(key: HpkePrivateKey, point: str) -> 
             HpkePublicKey(key.public_key.raw[:1184] + share)
 
 
+def test_refuses_exactly_the_shares_that_no_exchange_accepts(key: HpkePrivateKey) -> None:
+    """All spellings beyond the field's prime, its neighbours, and each with one bit changed."""
+    probe = X25519PrivateKey.generate()
+    numbers = [n % 2**255 for n in (*range(-40, 40), *range(P - 20, P + 20))]
+    shares = [n.to_bytes(32, "little") for n in numbers]
+    for point in ORDER_8:
+        raw = int.from_bytes(bytes.fromhex(point), "little")
+        shares += [(raw ^ 1 << bit).to_bytes(32, "little") for bit in (0, 1, 7, 100, 254, 255)]
+        shares.append(bytes.fromhex(point))
+    refused = 0
+    for share in shares:
+        try:
+            probe.exchange(X25519PublicKey.from_public_bytes(share))
+        except ValueError:
+            refused += 1
+            with pytest.raises(InputError, match="small order"):
+                HpkePublicKey(key.public_key.raw[:1184] + share)
+        else:
+            HpkePublicKey(key.public_key.raw[:1184] + share)
+    assert refused > 7
+
+
 def test_refuses_a_public_key_whose_coefficients_are_not_reduced(key: HpkePrivateKey) -> None:
     with pytest.raises(InputError, match="malformed"):  # FIPS 203, section 7.2, modulus check
         HpkePublicKey(b"\xff" * 3 + key.public_key.raw[3:])

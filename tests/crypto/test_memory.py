@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import ctypes
+import errno
 import gc
 import hmac
 import logging
@@ -13,12 +15,13 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cenacle.crypto import HpkePrivateKey, SecretBytes, SigningKey
+from cenacle.crypto import HpkePrivateKey, SecretBytes, SigningKey, memory
 
 CANARY = b"canary-in-a-coal-mine-0123456789"
 
@@ -78,6 +81,62 @@ def test_random_secrets_have_their_length_and_differ(length: int) -> None:
     assert length == 1 or bytes(one.view()) != bytes(other.view())
 
 
+class Dripping:
+    """A C library whose generator gives three bytes at a time, after an interruption."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __getattr__(self, name: str) -> Any:
+        found: Any = getattr(ctypes.CDLL(None, use_errno=True), name)
+        return found
+
+    def getrandom(self, address: Any, length: Any, flags: int) -> int:
+        self.calls += 1
+        ctypes.set_errno(errno.EINTR)
+        if self.calls == 1:
+            return -1
+        some: int = min(3, length.value)
+        ctypes.memmove(address, CANARY, some)
+        return some
+
+
+def test_random_bytes_are_asked_for_until_there_are_enough(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(memory, "_libc", Dripping())
+    assert bytes(SecretBytes.random(8).view()) == CANARY[:3] * 2 + CANARY[:2]
+
+
+def test_random_bytes_that_the_system_refuses_are_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A key of zeros would be worse than none."""
+
+    class Refusing(Dripping):
+        def getrandom(self, address: Any, length: Any, flags: int) -> int:
+            ctypes.set_errno(errno.ENOSYS)
+            return -1
+
+    monkeypatch.setattr(memory, "_libc", Refusing())
+    with pytest.raises(OSError, match="no random bytes"):
+        SecretBytes.random(32)
+
+
+def test_without_the_systems_call_python_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Old:
+        def syscall(self, *_: object) -> int:
+            return -1
+
+        def mlock(self, *_: object) -> int:
+            return 0
+
+    monkeypatch.setattr(memory, "_libc", Old())
+    one, other = SecretBytes.random(32), SecretBytes.random(32)
+    assert bytes(one.view()) != bytes(other.view())
+    assert bytes(8) not in bytes(one.view())
+
+
 def test_wipes_the_bytearray_that_it_was_given() -> None:
     data = bytearray(CANARY)
     secret = SecretBytes(data)
@@ -119,6 +178,27 @@ def test_wiping_clears_every_view_and_refuses_new_ones() -> None:
     view.release()
     with pytest.raises(ValueError, match="wiped"):
         secret.view()
+
+
+def test_erasing_a_part_clears_that_part_alone() -> None:
+    secret = SecretBytes(CANARY)
+    view = secret.view()
+    secret.erase(3, 3)
+    assert bytes(view) == CANARY
+    secret.erase(3, 7)
+    assert bytes(view) == CANARY[:3] + bytes(4) + CANARY[7:]
+    secret.erase(0, len(CANARY))
+    assert bytes(view) == bytes(len(CANARY))
+    secret.wipe()
+    secret.erase(0, 1)
+
+
+@pytest.mark.parametrize(("start", "stop"), [(-1, 2), (0, 33), (5, 4), (32, 33), (4000, 4096)])
+def test_erases_nothing_beyond_a_secret(start: int, stop: int) -> None:
+    secret = SecretBytes(CANARY)
+    with pytest.raises(ValueError, match="reach"):
+        secret.erase(start, stop)
+    assert bytes(secret.view()) == CANARY
 
 
 def test_leaving_the_block_wipes() -> None:

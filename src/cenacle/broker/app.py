@@ -20,6 +20,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import cenacle
+from cenacle.broker.losses import UnaccountedError
 from cenacle.broker.messages import (
     AssetUpload,
     Registration,
@@ -165,7 +166,8 @@ def create_app(broker: Broker) -> ASGIApp:
     )
     app.router.redirect_slashes = False
     app.add_exception_handler(HTTPException, _no_such_address)
-    desk, changes = ReleaseDesk(broker), Together(broker.store.committer)
+    desk = ReleaseDesk(broker)
+    changes = Together(broker.store.committer, desk.seal_all)
 
     def route(path: str, method: str, call: _Async) -> _Endpoint:
         endpoint = _Endpoint(call, reads=method == "POST")
@@ -190,11 +192,16 @@ def create_app(broker: Broker) -> ASGIApp:
     async def release(body: bytes) -> Any:
         if len(body) > _SMALL:
             return await threaded(lambda: desk.release(_release_request(body)).to_fields())
-        asked = desk.appraise(_release_request(body))
-        if asked.claims is None:
-            await threaded(lambda: desk.refuse(asked))
-        done = await changes.commit(asked.request.contract, lambda tx: desk.commit(tx, asked))
-        return desk.seal(asked, done).to_fields()
+        with desk.appraise(_release_request(body)) as asked:
+            if asked.claims is None:
+                await threaded(lambda: desk.refuse(asked))
+            contract = asked.request.contract
+            try:
+                answer = await changes.commit(contract, lambda tx: (asked, desk.commit(tx, asked)))
+            except UnaccountedError:
+                # Composing takes seconds and must hold up neither the loop nor the writer.
+                answer = await threaded(lambda: desk.seal(asked, desk.decide_patiently(asked)))
+            return answer.to_fields()
 
     async def nonce(contract: str) -> Any:
         return {"nonce": b64(desk.nonce(contract))}
@@ -242,6 +249,7 @@ def _party_routes(broker: Broker, get: _Add, post: _Add) -> None:
             "party": broker.add_signature(digest, SignatureUpload.from_fields(body))
         },
     )
+    post("/v1/budgets", lambda body: broker.budget(Envelope.from_fields(body)).to_fields())
     post("/v1/vetoes", lambda body: {"party": broker.veto(Envelope.from_fields(body)).party})
     post(
         "/v1/contracts/of-party",

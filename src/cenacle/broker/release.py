@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
-from typing import Final, NoReturn
+from typing import Final, NoReturn, Self
 
 from cenacle.attestation.binding import report_data
 from cenacle.attestation.claims import Claims, Evidence
@@ -26,7 +26,9 @@ from cenacle.broker.entries import (
     ReleaseEntry,
     SettlementEntry,
 )
+from cenacle.broker.job_secrets import JobSecret, JobSecrets
 from cenacle.broker.ledger import Charge
+from cenacle.broker.losses import event_text, require_covered, until_accounted
 from cenacle.broker.messages import (
     CheckpointRecord,
     PartyRequest,
@@ -36,12 +38,14 @@ from cenacle.broker.messages import (
     release_context,
 )
 from cenacle.broker.records import load_contract
-from cenacle.broker.rules import decide, require
+from cenacle.broker.rules import Facts, decide, require
 from cenacle.broker.service import Broker
 from cenacle.broker.store import AssetRow, Place, ReadTransaction, RunRow, Transaction
+from cenacle.broker.unwrapping import UnwrappedKeys
 from cenacle.crypto import HpkePublicKey, SecretBytes, VerifyKey
 from cenacle.documents.asset import Asset
 from cenacle.documents.base import b64, canonical_json, format_time, unb64
+from cenacle.documents.contract import Contract
 from cenacle.documents.dsse import Envelope
 from cenacle.documents.receipt import LogInclusion
 from cenacle.errors import ConflictError, EvidenceError, InputError, ProofError, RefusedError
@@ -58,7 +62,7 @@ def job_context(contract: str, run: str) -> tuple[bytes, ...]:
 
 @dataclass(frozen=True)
 class Asked:
-    """A request whose evidence was judged, and what was made for it beforehand.
+    """A request whose evidence was judged, and what was made for it: wiped when its block ends.
 
     Attributes:
         moment: when it came; every clause is judged as of then.
@@ -77,8 +81,15 @@ class Asked:
     claims: Claims | None = None
     problem: str | None = None
     run: str = ""
-    job_secret: SecretBytes | None = None
+    job_secret: JobSecret | None = None
     job_secret_wrapped: bytes | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.job_secret is not None:
+            self.job_secret.wipe()
 
 
 @dataclass(frozen=True)
@@ -104,6 +115,7 @@ class ReleaseDesk:
     def __init__(self, broker: Broker) -> None:
         self.broker = broker
         self._hpke = broker.keys.hpke_key.public_key
+        self._secrets = JobSecrets()
 
     def nonce(self, contract: str) -> bytes:
         """A nonce for one attempt to get one contract's keys.
@@ -135,10 +147,16 @@ class ReleaseDesk:
             EvidenceError: the nonce was used before.
             ConflictError: another run of the contract is open.
         """
-        asked = self.appraise(request)
-        if asked.claims is None:
-            self.refuse(asked)
-        return self.seal(asked, self.broker.write(lambda tx: self.commit(tx, asked)))
+        with self.appraise(request) as asked:
+            if asked.claims is None:
+                self.refuse(asked)
+            return self.seal(asked, self.decide_patiently(asked))
+
+    def decide_patiently(self, asked: Asked) -> Committed:
+        """:meth:`commit` in the store's writer, composing privacy losses between tries."""
+        return until_accounted(
+            self.broker.losses, lambda: self.broker.write(lambda tx: self.commit(tx, asked))
+        )
 
     def appraise(self, request: ReleaseRequest) -> Asked:
         """Judge the evidence, without the store; what does not hold becomes a clause."""
@@ -158,7 +176,7 @@ class ReleaseDesk:
         if request.resume is not None:
             return made(claims=claims, run=request.resume)
         # Made before the change, so that the writer does no public-key work for it.
-        run, secret = secrets.token_hex(16), SecretBytes.random(32)
+        run, secret = secrets.token_hex(16), self._secrets.take()
         with secret.view() as view:
             wrapped = self._hpke.seal(view, *job_context(request.contract, run))
         return made(claims=claims, run=run, job_secret=secret, job_secret_wrapped=wrapped)
@@ -169,13 +187,21 @@ class ReleaseDesk:
         It is certain to be refused: strangers without evidence do not reach the writer.
         """
         contract, run = asked.request.contract, asked.request.resume or ""
-        with self.broker.store.read() as tx:
-            facts = self.broker.facts(tx, contract, excluded_run=run)
+
+        def look() -> Facts:
+            with self.broker.store.read() as tx:
+                return self.broker.facts(tx, contract, excluded_run=run)
+
+        facts = until_accounted(self.broker.losses, look)
         require(decide(replace(facts, evidence_error=asked.problem, now=asked.moment)))
         raise AssertionError("no evidence, no claims")
 
     def commit(self, tx: Transaction, asked: Asked) -> Committed:
-        """The one change of a release: every fact read, decided on, and acted upon, or nothing."""
+        """The one change of a release: every fact read, decided on, and acted upon, or nothing.
+
+        Raises:
+            UnaccountedError: privacy losses have to be composed first, beside the writer.
+        """
         request, claims, run = asked.request, asked.claims, asked.run
         assert claims is not None
         resumed = self._resumable(tx, request)
@@ -192,7 +218,7 @@ class ReleaseDesk:
                 job_secret_wrapped=asked.job_secret_wrapped,
                 enclave_key=asked.enclave_key.raw,
             )
-            tx.reserve_all(run, {ref.digest: Charge(uses=1) for ref in refs.values()})
+            self._reserve(tx, run, facts.contract)
             resumptions = 0
         else:
             resumptions = tx.record_release(run, asked.enclave_key.raw) - 1
@@ -206,30 +232,69 @@ class ReleaseDesk:
             protection=claims.protection,
             enclave_key=asked.enclave_key.keyid,
             uses={ref.digest: facts.uses[alias] + 1 for alias, ref in refs.items()},
+            privacy=facts.contract.privacy_events or None,
         )
         index, body = self.broker.record(tx, entry)
         return Committed(resumptions, resumed, body, tx.place(index), facts.assets, rows)
 
+    def _reserve(self, tx: Transaction, run: str, contract: Contract) -> None:
+        """Charge every asset: what the plan protects with its events, the rest without bound."""
+        plan, refs = contract.privacy, contract.assets
+        protected = {ref.digest for alias, ref in refs.items() if contract.protects(alias)}
+        if plan is not None and protected:
+            bounded = Charge(uses=1, epsilon=plan.epsilon, delta=plan.delta)
+            event = event_text(contract.privacy_events)
+            tx.reserve_all(run, dict.fromkeys(sorted(protected), bounded), event)
+        rest = [ref.digest for ref in refs.values() if ref.digest not in protected]
+        if rest:
+            tx.reserve_all(run, dict.fromkeys(rest, Charge(uses=1)))
+
     def seal(self, asked: Asked, done: Committed) -> ReleaseResponse:
         """The keys for the enclave; only for a change that is durable."""
+        with UnwrappedKeys(self.broker.keys.hpke_key) as unwrapped:
+            return self._seal(asked, done, unwrapped)
+
+    def seal_all(
+        self, releases: Sequence[tuple[Asked, Committed]]
+    ) -> list[ReleaseResponse | Exception]:
+        """:meth:`seal` for several changes that are durable, or why one of them cannot be sealed.
+
+        What more than one of them needs is unwrapped once.
+        """
+        answers: list[ReleaseResponse | Exception] = []
+        with UnwrappedKeys(self.broker.keys.hpke_key) as unwrapped:
+            for asked, done in releases:
+                try:
+                    answers.append(self._seal(asked, done, unwrapped))
+                except Exception as error:
+                    answers.append(error)
+        return answers
+
+    def _seal(self, asked: Asked, done: Committed, unwrapped: UnwrappedKeys) -> ReleaseResponse:
         row, contract, run = done.resumed, asked.request.contract, asked.run
-        secret = asked.job_secret
+        secret: JobSecret | SecretBytes | None = asked.job_secret
         if row is not None:
             secret = self.broker.keys.hpke_key.open(
                 row.job_secret_wrapped or b"", *job_context(contract, run)
             )
         assert secret is not None
         with secret:
-            message = self._open_keys(done.assets, done.rows, secret)
+            keys = unwrapped.of(done.assets, done.rows)
+            message = canonical_json(
+                {
+                    "assets": {alias: b64(bytes(key.view())) for alias, key in keys.items()},
+                    "job": b64(bytes(secret.view())),
+                }
+            )
         sealed = asked.recipient.seal(message, *release_context(contract, run, asked.nonce))
-        return ReleaseResponse(
+        # Not validated, since it is made of what was just written.
+        return ReleaseResponse.model_construct(
             run=run,
             resumed=done.resumptions,
             started=format_time(asked.moment) if row is None else row.created_at,
             checkpoint_version=0 if row is None else row.checkpoint_version,
             checkpoint_digest=None if row is None else row.checkpoint_digest,
             sealed_keys=b64(sealed),
-            # Not validated, since it is made of what was just written.
             log=LogInclusion.model_construct(
                 index=done.place.index,
                 entry=b64(done.entry),
@@ -253,26 +318,6 @@ class ReleaseDesk:
                 remedy="start a new run with `cenacle run` without --resume",
             )
         return row
-
-    def _open_keys(
-        self, assets: Mapping[str, Asset], rows: Mapping[str, AssetRow], job_secret: SecretBytes
-    ) -> bytes:
-        """The message that is sealed to the enclave: every asset's key and the job's secret."""
-        opened: dict[str, SecretBytes] = {}
-        try:
-            for alias, asset in assets.items():
-                opened[alias] = self.broker.keys.hpke_key.open(
-                    rows[alias].wrapped_key, *asset.wrapping_context()
-                )
-            return canonical_json(
-                {
-                    "assets": {alias: b64(bytes(key.view())) for alias, key in opened.items()},
-                    "job": b64(bytes(job_secret.view())),
-                }
-            )
-        finally:
-            for key in opened.values():
-                key.wipe()
 
     def _logged(self, tx: Transaction, entry: LogRecord) -> LogInclusion:
         """Append an entry, with the proof that the newest head includes it."""
@@ -339,13 +384,21 @@ class ReleaseDesk:
             at = format_time(self.broker.clock())
             tx.settle_run(row.id, at, stated.receipt)
             for reservation in tx.reservations_of_run(row.id):
-                tx.settle(row.id, reservation.asset)
+                require_covered(reservation.event, stated.privacy or ())
+                tx.settle(
+                    row.id,
+                    reservation.asset,
+                    reservation.epsilon,
+                    reservation.delta,
+                    event=None if reservation.epsilon is None else event_text(stated.privacy or ()),
+                )
             entry = SettlementEntry(
                 time=at,
                 run=row.id,
                 contract=row.contract,
                 receipt=stated.receipt,
                 outputs=stated.outputs,
+                privacy=stated.privacy,
             )
             inclusion = self._logged(tx, entry)
             tx.add_meta(key, str(inclusion.index))

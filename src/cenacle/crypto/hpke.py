@@ -31,8 +31,23 @@ _MLKEM_PUBLIC: Final = 1184
 _MLKEM_SEED: Final = 64
 _X25519: Final = 32
 PUBLIC_KEY_BYTES: Final = _MLKEM_PUBLIC + _X25519
-_PROBE = X25519PrivateKey.generate()
 _SUITE = Suite(KEM.MLKEM768_X25519, KDF.HKDF_SHA256, AEAD.AES_256_GCM)
+
+# Shares with which every X25519 exchange gives zeros, which RFC 7748, section 6.1, refuses: the
+# u-coordinates of order 1, 2, 4 and 8 on the curve and its twist, and their non-canonical
+# spellings, without the bit that the exchange ignores. Sealing to such a key would fail.
+_SMALL_ORDER: Final = frozenset(
+    bytes.fromhex(point)
+    for point in (
+        "00" * 32,
+        "01" + "00" * 31,
+        "e0eb7a7c3b41b8ae1656e3faf19fc46ada098deb9c32b1fd866205165f49b800",
+        "5f9c95bca3508c24b1d0b1559c83ef5b04445cc4581c8e86d8224eddd09f1157",
+        "ec" + "ff" * 30 + "7f",
+        "ed" + "ff" * 30 + "7f",
+        "ee" + "ff" * 30 + "7f",
+    )
+)
 
 
 class HpkePublicKey:
@@ -48,10 +63,12 @@ class HpkePublicKey:
                 expected=f"{PUBLIC_KEY_BYTES} bytes ({SUITE_NAME})",
             )
         try:
-            x25519 = X25519PublicKey.from_public_bytes(raw[_MLKEM_PUBLIC:])
-            _PROBE.exchange(x25519)  # a point of small order would fail at the first seal
+            share = raw[_MLKEM_PUBLIC:]
+            if bytes([*share[:31], share[31] & 0x7F]) in _SMALL_ORDER:
+                raise ValueError("an X25519 share of small order")
             self._key = MLKEM768X25519PublicKey(
-                MLKEM768PublicKey.from_public_bytes(raw[:_MLKEM_PUBLIC]), x25519
+                MLKEM768PublicKey.from_public_bytes(raw[:_MLKEM_PUBLIC]),
+                X25519PublicKey.from_public_bytes(share),
             )
         except ValueError as error:
             raise InputError(f"an HPKE public key is malformed ({error})") from None

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import mmap
 import os
 import secrets
@@ -39,10 +40,14 @@ class _Page(mmap.mmap):
     def mine(self) -> bool:
         return self.owner == os.getpid()
 
-    def wipe(self) -> None:
+    def erase(self, start: int, stop: int) -> None:
         # What a forked child overwrites in a shared page is gone for its parent too.
-        if not self.closed and (self.mine() or not self.shared):
-            self[:] = bytes(len(self))
+        if self.mine() or not self.shared:
+            self[start:stop] = bytes(stop - start)
+
+    def wipe(self) -> None:
+        if not self.closed:
+            self.erase(0, len(self))
         self.wiped = True
 
     def __del__(self) -> None:
@@ -76,6 +81,21 @@ def _secret_page(size: int) -> tuple[_Page, str]:
     return page, "mlock" if locked else "heap"
 
 
+def _fill(page: _Page, length: int) -> None:
+    """Random bytes from the operating system, which writes them where they stay."""
+    try:
+        generate = _libc.getrandom
+    except AttributeError:
+        page[:length] = secrets.token_bytes(length)
+        return
+    address, done = ctypes.addressof(ctypes.c_char.from_buffer(page)), 0
+    while done < length:
+        got = generate(ctypes.c_void_p(address + done), ctypes.c_size_t(length - done), 0)
+        if got < 0 and ctypes.get_errno() != errno.EINTR:
+            raise OSError(ctypes.get_errno(), "the system gave no random bytes")
+        done += max(got, 0)
+
+
 class SecretBytes:
     """A key of fixed length, wiped when closed, or when it and all its views are collected.
 
@@ -106,7 +126,9 @@ class SecretBytes:
     @classmethod
     def random(cls, length: int = 32) -> Self:
         """A fresh secret from the operating system's generator."""
-        return cls(bytearray(secrets.token_bytes(length)))
+        made = cls(bytes(length))
+        _fill(made._page, length)
+        return made
 
     def view(self) -> memoryview:
         """A read-only view; ``ValueError`` after :meth:`wipe` and in a forked child."""
@@ -115,6 +137,13 @@ class SecretBytes:
         if not self._page.mine():
             raise ValueError("this secret belongs to the process that this one was forked from")
         return memoryview(self._page).toreadonly()[: self._length]
+
+    def erase(self, start: int, stop: int) -> None:
+        """Overwrite the bytes of ``[start, stop)`` with zeros, for every view too."""
+        if not 0 <= start <= stop <= self._length:
+            raise ValueError("a secret does not reach that far")
+        if not self._page.wiped:
+            self._page.erase(start, stop)
 
     def wipe(self) -> None:
         """Overwrite and unmap. Safe to call twice."""

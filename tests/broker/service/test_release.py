@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from cenacle.broker.entries import ReleaseEntry, SettlementEntry
 from cenacle.broker.messages import release_context
 from cenacle.broker.receipts import verify_inclusion
+from cenacle.broker.release import ReleaseDesk
 from cenacle.crypto import HpkePrivateKey, SigningKey
 from cenacle.documents.base import unb64
 from cenacle.documents.dsse import Envelope
@@ -88,6 +90,73 @@ def test_the_answer_holds_no_key_in_the_clear(world: Any) -> None:
     for key in enclave.open(answer).values():
         assert key not in shown
         assert key.hex().encode() not in shown
+
+
+def _committed(world: Any, enclave: Any) -> tuple[Any, Any]:
+    asked = world.desk.appraise(enclave.request())
+    return asked, world.broker.write(lambda tx: world.desk.commit(tx, asked))
+
+
+def test_releases_sealed_together_go_to_their_own_enclaves(
+    world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What they share is unwrapped once and wiped; who cannot be served is refused alone."""
+    opened = []
+    really = HpkePrivateKey.open
+
+    def open_and_keep(key: HpkePrivateKey, sealed: bytes, *context: bytes) -> Any:
+        opened.append(really(key, sealed, *context))
+        return opened[-1]
+
+    world.agree()
+    every = tuple(world.assets.values())
+    own = world.deposit(every[0].owner, "own")
+    contracts = [
+        world.agree(world.contract(*assets, name=f"together-{number}"))
+        for number, assets in enumerate([every, every, (own,), every[:1]])
+    ]
+    enclaves = [world.enclave(digest) for digest in contracts]
+    durable = [_committed(world, enclave) for enclave in enclaves]
+    rows = durable[2][1].rows[own.owner]
+    altered = replace(durable[2][1], rows={own.owner: replace(rows, wrapped_key=b"x" * 1200)})
+    durable[2] = (durable[2][0], altered)
+    with monkeypatch.context() as patch:
+        patch.setattr(HpkePrivateKey, "open", open_and_keep)
+        answers = world.desk.seal_all(durable)
+    assert isinstance(answers.pop(2), SealError)
+    assert len(opened) == len(every)
+    for secret in [*opened, *(asked.job_secret for asked, _ in durable)]:
+        with pytest.raises(ValueError, match="wiped"):
+            secret.view()
+    del enclaves[2]
+    secrets = set()
+    for enclave, answer, assets in zip(enclaves, answers, [every, every, every[:1]], strict=True):
+        keys = enclave.open(answer)
+        secrets.add(keys.pop("job"))
+        assert keys == {asset.owner: world.asset_keys[asset.digest] for asset in assets}
+        for other in enclaves:
+            if other is not enclave:
+                with pytest.raises(SealError):
+                    other.open(answer)
+    assert len(secrets) == 3
+
+
+def test_the_secret_of_a_refused_request_is_wiped(
+    world: Any, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = world.agree()
+    world.enclave(digest).release()
+    made: list[Any] = []
+    appraise = ReleaseDesk.appraise
+
+    def appraise_and_keep(desk: ReleaseDesk, request: Any) -> Any:
+        made.append(appraise(desk, request))
+        return made[-1]
+
+    monkeypatch.setattr(ReleaseDesk, "appraise", appraise_and_keep)
+    assert isinstance(refused(world.enclave(digest).release), ConflictError)
+    with pytest.raises(ValueError, match="wiped"):
+        made[0].job_secret.view()
 
 
 def test_a_contract_has_one_open_run(world: Any, refused: Refused) -> None:
