@@ -19,8 +19,9 @@ from cenacle.errors import AcceleratorError, InputError, IntegrityError
 from cenacle.offload import offload
 from cenacle.offload.contractions import contract, depth, secret_signs
 from cenacle.offload.fleet import Fleet
-from cenacle.offload.integrity import SLACK, Check, Doubt, Verifier
+from cenacle.offload.integrity import Check, Doubt, Verifier
 from cenacle.offload.maps import Convolution, Dense, LinearMap, MatrixProduct, Product
+from cenacle.offload.tolerance import SLACK
 
 
 @pytest.fixture(autouse=True)

@@ -105,7 +105,7 @@ def test_a_sketch_is_only_of_the_very_operand() -> None:
     assert verifier.sketched(alias) is not None
     address = value.data_ptr()
     del value
-    assert verifier._sketches[address][0]() is None
+    assert verifier._sketches._known[address][0]() is None
     assert verifier.sketched(alias) is None  # what it was made for is gone
     assert Verifier(repetitions=3).sketch(alias, 64, Buffers(), folded=True) is None
     assert verifier.sketch(alias.double(), 64, Buffers(), folded=True) is None

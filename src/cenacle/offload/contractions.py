@@ -7,6 +7,7 @@ ways: directly, and through its operands. The second way never forms Y. For R re
 operation       the result                                           through the operands
 ==============  ===================================================  ==========================
 matmul          Y r                                                  a (b r)
+matmul_weight   Y^T r                                                a^T (b r)
 conv            sum over b, o of s_b r_o Y[b, o, :]                  conv(sum_b s_b a_b, r b)
 conv_input      sum over b, c of s_b r_c Y[b, c, :]                  the same, transposed
 conv_weight     sum over o, c of r_o q_c Y[o, c, :]                  correlation of r a and q b
@@ -22,7 +23,8 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from functools import cache
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -34,10 +36,13 @@ __all__ = [
     "BUNDLE",
     "Contracted",
     "Expected",
+    "ExpectedProduct",
     "Vectors",
     "bundled",
+    "compiled_sums",
     "contract",
     "depth",
+    "factors",
     "grouped",
     "lengths",
     "matrices",
@@ -51,6 +56,16 @@ BUNDLE: Final = 8
 Entropy = Callable[[int], bytes]
 
 
+@cache
+def compiled_sums() -> Any:
+    """The module of compiled sums, or None where numba is not installed."""
+    try:
+        from cenacle.offload import compiled_sums  # noqa: PLC0415 - needs numba
+    except ImportError:
+        return None
+    return compiled_sums
+
+
 def secret_signs(shape: Sequence[int], entropy: Entropy = os.urandom) -> torch.Tensor:
     """Random numbers, uniform in [-1.5, -0.5] and [0.5, 1.5], float64.
 
@@ -58,6 +73,10 @@ def secret_signs(shape: Sequence[int], entropy: Entropy = os.urandom) -> torch.T
     """
     count = math.prod(shape)
     bits = np.frombuffer(entropy(4 * count), dtype="<u4")
+    if (sums := compiled_sums()) is not None:
+        found = np.empty(count)
+        sums.signs_kernel()(bits, found)
+        return torch.from_numpy(found.reshape(tuple(shape)))
     size = 0.5 + (bits >> np.uint32(1)).astype(np.float64) / 2.0**31
     signed = np.where(bits & 1, size, -size)
     return torch.from_numpy(signed.reshape(tuple(shape)))
@@ -69,8 +88,8 @@ class Vectors:
 
     Attributes:
         r: (repetitions, features): over the features of the result (columns of a matrix
-            product, output channels of a convolution, input channels of its input gradient,
-            output channels of its weight gradient).
+            product, rows of ``matmul_weight``, output channels of a convolution, input channels
+            of its input gradient, output channels of its weight gradient).
         s: over the rows of a convolution; ones for everything else.
         q: (repetitions, input channels) of a weight gradient of a convolution.
         bundle: contracted row ``i`` holds the rows ``i * bundle`` up to ``(i + 1) * bundle``.
@@ -119,6 +138,25 @@ class Expected:
     scale: torch.Tensor
 
 
+@dataclass(frozen=True)
+class ExpectedProduct:
+    """The same of a matrix product whose operands were contracted before.
+
+    Attributes:
+        value: (..., m, R).
+        rows, energy: (batch, m) and (batch, R), float64: ``scale`` is the root of their products.
+    """
+
+    value: torch.Tensor
+    rows: torch.Tensor
+    energy: torch.Tensor
+
+    @property
+    def scale(self) -> torch.Tensor:
+        squares = self.rows.unsqueeze(-1) * self.energy.unsqueeze(-2)
+        return squares.sqrt().reshape(self.value.shape)
+
+
 # ---------------------------------------------------------------------- forms of operations
 
 
@@ -136,13 +174,28 @@ def matrices(
     )
 
 
+def factors(
+    operation: Operation, operands: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As :func:`matrices`, of what is contracted: ``matmul_weight`` is checked transposed.
+
+    So what its operand that is known first is contracted with can be a secret.
+    """
+    if operation.name == "matmul_weight":
+        return operands[0].mT, operands[1]
+    return matrices(operation, operands)
+
+
 def result_shape(operation: Operation, operands: Sequence[torch.Tensor]) -> tuple[int, ...]:
     """Of what the operation has to return."""
     a, b = operands
     attributes = operation.attributes
     if operation.name.startswith("matmul"):
-        left, right = matrices(operation, operands)
-        return (*(a if a.dim() > 2 else b).shape[:-2], left.shape[-2], right.shape[-1])
+        lead = (a if a.dim() > 2 else b).shape[:-2]
+        if operation.name.startswith("matmul_weight"):
+            return (*lead, b.shape[-1], a.shape[-1])
+        rows = a.shape[-1 if attributes.get("transpose_a") else -2]
+        return (*lead, rows, b.shape[-2 if attributes.get("transpose_b") else -1])
     if operation.name.startswith("conv_input"):
         return (a.shape[0], *attributes["shape"])
     if operation.name.startswith("conv_weight"):
@@ -165,7 +218,8 @@ def depth(operation: Operation, operands: Sequence[torch.Tensor]) -> int:
     """How many products are summed in one element of the result, at most."""
     a, b = operands
     if operation.name.startswith("matmul"):
-        return matrices(operation, operands)[0].shape[-1]
+        weight = operation.name.startswith("matmul_weight")
+        return a.shape[-2 if weight or operation.attributes.get("transpose_a") else -1]
     if operation.name.startswith("conv_weight"):
         return a.shape[0] * math.prod(a.shape[2:])
     if operation.name.startswith("conv_input"):
@@ -178,7 +232,7 @@ def lengths(operation: Operation, operands: Sequence[torch.Tensor]) -> tuple[int
     """How long ``r``, ``s`` and ``q`` are; 0 for those that the operation has no use for."""
     shape = result_shape(operation, operands)
     if operation.name.startswith("matmul"):
-        return shape[-1], 0, 0
+        return shape[-2 if operation.name == "matmul_weight" else -1], 0, 0
     if operation.name.startswith("conv_weight"):
         return shape[0], 0, operands[1].shape[1]
     return shape[1], shape[0], 0
@@ -191,12 +245,12 @@ def contract(operation: Operation, y: torch.Tensor, vectors: Vectors) -> torch.T
     """The result contracted: every element is read once.
 
     Returns:
-        matmul: (..., m, R). conv, conv_input: (R, bundles, positions). conv_weight:
-        (groups, R, taps).
+        matmul: (..., m, R), or of ``matmul_weight`` (..., n, R). conv, conv_input: (R, bundles,
+        positions). conv_weight: (groups, R, taps).
     """
     r = vectors.r.to(y.dtype)
     if operation.name.startswith("matmul"):
-        return multiply(y, r).value
+        return multiply(y.mT if operation.name == "matmul_weight" else y, r).value
     if operation.name.startswith("conv_weight"):
         assert vectors.q is not None
         groups = operation.attributes["groups"]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import Any, Final
 
 import numpy as np
@@ -20,16 +19,19 @@ from cenacle.accelerators.protocol import Operation
 from cenacle.offload.contractions import (
     Contracted,
     Expected,
+    ExpectedProduct,
     Vectors,
     bundled,
+    compiled_sums,
+    factors,
     grouped,
-    matrices,
     result_shape,
 )
 from cenacle.offload.matrices import multiply
+from cenacle.offload.matrix_passes import MatrixSketch, Side
 from cenacle.offload.passes import Sketch
 
-__all__ = ["compiled_sums", "contract_operand", "expected"]
+__all__ = ["contract_operand", "expected", "sketched"]
 
 _NEIGHBOURS: Final = 1 / 16
 """Share of an image's largest error scale that every position is allowed: Winograd and FFT
@@ -48,22 +50,12 @@ _ALL: Final = slice(None)
 _FEW: Final = 16
 
 
-@cache
-def compiled_sums() -> Any:
-    """The module of compiled sums, or None where numba is not installed."""
-    try:
-        from cenacle.offload import compiled_sums  # noqa: PLC0415 - needs numba
-    except ImportError:
-        return None
-    return compiled_sums
-
-
 def contract_operand(
     operation: Operation, operands: Sequence[torch.Tensor], vectors: Vectors
 ) -> Contracted:
     """The second operand contracted with ``r``: once for all products that share it."""
     if operation.name.startswith("matmul"):
-        right = matrices(operation, operands)[1]
+        right = factors(operation, operands)[1]
         found = multiply(right, vectors.r)
         return Contracted(found.value, torch.matmul(found.columns, vectors.r.square().mT))
     w, groups = operands[1], operation.attributes["groups"]
@@ -101,11 +93,39 @@ def expected(
     if shared is None:
         shared = contract_operand(operation, operands, vectors)
     if operation.name.startswith("matmul"):
-        left = matrices(operation, operands)[0]
+        left = factors(operation, operands)[0]
         found = multiply(left, shared.value.mT)
         scale = found.rows.sqrt().unsqueeze(-1) * shared.energy.sqrt().unsqueeze(-2)
         return Expected(found.value, scale)
     return _expected_planes(operation, operands[0], vectors, shared, sketches[0])
+
+
+def sketched(
+    operation: Operation,
+    operands: Sequence[torch.Tensor],
+    sketches: Sequence[MatrixSketch | None],
+) -> tuple[torch.Tensor, ExpectedProduct] | None:
+    """The secret and what is expected of a matrix product whose operands need not be read.
+
+    None: they were not contracted for each other.
+    """
+    first, second = sketches[1], sketches[0]
+    attributes = operation.attributes
+    if first is None or second is None or first.extreme or second.extreme:
+        return None
+    turned = operation.name == "matmul_weight" or attributes.get("transpose_a", False)
+    side: Side = "left" if attributes.get("transpose_b") else "right"
+    secret = first.secret(side)
+    if turned:
+        fits, value, squares = second.across is first, second.over, second.col_squares
+        fits = fits and side == "right"
+    else:
+        fits = second.along is not None and second.along[0] is first and second.along[1] == side
+        value, squares = second.after, second.row_squares
+    if not fits or secret is None or value is None:
+        return None
+    shape = (*operands[0].shape[:-2], *value.shape[1:])
+    return secret, ExpectedProduct(value.view(shape), squares, first.energy(side))
 
 
 def _expected_planes(
@@ -135,8 +155,10 @@ def _expected_planes(
         stack = shared.value.flatten(2).transpose(1, 2)
     # One matrix product for all taps, then sums of shifted planes: a convolution with one
     # output channel is five times slower.
-    taps = torch.matmul(stack.reshape(-1, stack.shape[-1]), images.flatten(2))
-    taps = taps.view(len(images), len(stack), -1, *x.shape[2:])
+    stack, flat = stack.reshape(-1, stack.shape[-1]), images.flatten(2)
+    # A batch of one would be spread and multiplied as a batch, at half the speed.
+    taps = torch.mm(stack, flat[0]) if len(flat) == 1 else torch.matmul(stack, flat)
+    taps = taps.view(len(images), len(vectors.r), -1, *x.shape[2:])
     value, nearby = _spread(operation, taps, energy, kernel, space)
     nearby += nearby.amax(-1, keepdim=True) * _NEIGHBOURS
     scale = nearby.transpose(0, 1).sqrt() * shared.energy.sqrt().view(-1, 1, 1)
@@ -326,5 +348,9 @@ def _norms(
     if x.shape[1] < _FEW * groups:
         energy = x.double().square().flatten(2).sum((0, 2)).view(groups, 1, -1)
         return (energy * grouped(vectors, groups).square()).sum(-1).sqrt()
+    if x.dtype == torch.float32 and groups == 1:
+        each = [float(torch.dot(fold, fold)) for fold in folded.transpose(0, 1).flatten(1)]
+        if all(_TINY < energy < _HUGE for energy in each):
+            return torch.tensor([[max(each)]], dtype=torch.float64).sqrt()
     energy = folded.double().square().flatten(2).sum((0, 2)).view(groups, -1)
     return energy.amax(1, keepdim=True).sqrt()

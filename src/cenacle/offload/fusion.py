@@ -26,7 +26,17 @@ import torch
 from cenacle.errors import InputError
 from cenacle.offload.calls import Call, looks_only, tensors
 
-__all__ = ["NOTHING", "Fusion", "Layer", "Plan", "State", "hollow"]
+__all__ = [
+    "NOTHING",
+    "Fusion",
+    "Layer",
+    "Plan",
+    "State",
+    "alone",
+    "hollow",
+    "references",
+    "strange",
+]
 
 
 class Plan(NamedTuple):
@@ -166,18 +176,26 @@ class _Hollow:
     @property
     def lives(self) -> bool:
         """Whether anybody but this refers to the tensor, or to another one in its memory."""
-        return _references(self.storage) > _alone()
+        return references(self.storage) > alone()
 
 
-def _references(storage: torch.UntypedStorage) -> int:
+def references(storage: torch.UntypedStorage) -> int:
+    """How many there are to a storage."""
     return int(torch._C._storage_Use_Count(storage._cdata))
 
 
-def _alone(found: list[int] = []) -> int:  # noqa: B006 - measured once
+def alone(found: list[int] = []) -> int:  # noqa: B006 - measured once
     """How many references to a storage are counted where only Python's is left."""
     if not found:
-        found.append(_references(hollow(torch.Size((2,)), torch.float32).untyped_storage()))
+        found.append(references(hollow(torch.Size((2,)), torch.float32).untyped_storage()))
     return found[0]
+
+
+def strange(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has no memory to be known by."""
+    return tensor.layout is not torch.strided or torch._C._functorch.is_functorch_wrapped_tensor(
+        tensor
+    )
 
 
 class Fusion:
@@ -269,9 +287,7 @@ class Fusion:
         return entry
 
     def _find(self, tensor: torch.Tensor) -> _Hollow | None:
-        if not self._hollow or tensor.layout is not torch.strided:
-            return None
-        if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if not self._hollow or strange(tensor):
             return None
         return self._hollow.get(tensor.untyped_storage()._cdata)
 

@@ -38,6 +38,7 @@ from cenacle.offload.contractions import (
     Contracted,
     Entropy,
     Expected,
+    ExpectedProduct,
     Vectors,
     contract,
     depth,
@@ -45,15 +46,15 @@ from cenacle.offload.contractions import (
     result_shape,
     secret_signs,
 )
-from cenacle.offload.expectations import contract_operand, expected
+from cenacle.offload.expectations import contract_operand, expected, sketched
+from cenacle.offload.matrix_passes import COUNT, Asked, MatrixSketch
 from cenacle.offload.passes import Sketch, sketch_for
 from cenacle.offload.residues import FieldCheck
+from cenacle.offload.sketches import Sketches
+from cenacle.offload.tolerance import Tolerance
 from cenacle.offload.tracking import Tracked
 
 __all__ = ["Check", "Doubt", "Verifier"]
-
-SLACK: Final = 16.0
-"""Statistical bound of stage 1, in standard deviations of the model's rounding error."""
 
 SOFT: Final = 32.0
 """Statistical bound of stage 2, for single elements: SOFT sqrt(n) u, of at most n u."""
@@ -114,7 +115,7 @@ class Verifier:
         self._shared: weakref.WeakKeyDictionary[
             object, dict[tuple[str, str, int], tuple[torch.Tensor, Contracted]]
         ] = weakref.WeakKeyDictionary()
-        self._sketches: dict[int, tuple[weakref.ref[torch.Tensor], Sketch]] = {}
+        self._sketches = Sketches()
 
     def expect(
         self,
@@ -158,18 +159,23 @@ class Verifier:
         s = self._samples(rows, bundle)
         q = self.signs(_FOLDS, channels)
         found = sketch_for(rows, channels, plane, s, q, bundle, buffers, folded=folded)
-        for key in [key for key, (ref, _) in self._sketches.items() if ref() is None]:
-            del self._sketches[key]
-        self._sketches[operand.data_ptr()] = weakref.ref(operand), found
+        self._sketches.keep(operand, found)
         return found
+
+    def sketch_matrix(self, operand: torch.Tensor, asked: Asked) -> MatrixSketch | None:
+        """Room to contract a matrix product's operand while it is written; as :meth:`sketch`.
+
+        Args:
+            operand: (rows, columns), or a batch (batch, rows, columns); contiguous.
+            asked: what its products' checks need; of operands without a sketch nothing.
+        """
+        if self.repetitions != COUNT:
+            return None
+        return self._sketches.new_matrix(operand, asked, self.signs)
 
     def sketched(self, operand: torch.Tensor) -> Sketch | None:
         """What :meth:`sketch` was given for this operand."""
-        ref, found = self._sketches.get(operand.data_ptr(), (None, None))
-        known = None if ref is None else ref()
-        if known is None or known.shape != operand.shape or known.dtype != operand.dtype:
-            return None
-        return found
+        return self._sketches.image(operand)
 
     def _samples(self, rows: int, bundle: int) -> torch.Tensor:
         if bundle == 1:
@@ -275,7 +281,7 @@ class Check:
         exact = operation.name.endswith("_mod")
         self.dtype = torch.int32 if exact else operands[0].dtype
         self.vectors: Vectors | None = None
-        self._expected: Expected | None = None
+        self._expected: Expected | ExpectedProduct | None = None
         self._exact: FieldCheck | None = None
         if exact:
             sizes = lengths(operation, operands)
@@ -283,12 +289,20 @@ class Check:
                 operation, operands, sizes, verifier.repetitions, verifier._entropy
             )
             return
-        sketches: list[Sketch | None] = [None, None]
-        if operation.name.startswith("conv"):
-            sketches = [verifier.sketched(t) if t.device.type == "cpu" else None for t in operands]
+        known = verifier._sketches
+        if not operation.name.startswith("conv"):
+            found = sketched(operation, operands, [known.matrix(t) for t in operands])
+            if found is not None:
+                self.vectors, self._expected = Vectors(found[0]), found[1]
+                return
+        sketches = [known.image(t) for t in operands]
         self.vectors, shared = verifier._vectors(operation, operands, owner, tracked, sketches)
         with torch.no_grad():
             self._expected = expected(operation, operands, self.vectors, shared, sketches)
+
+    @property
+    def operation(self) -> Operation:
+        return self._operation
 
     # ------------------------------------------------------------------ in one go
 
@@ -335,39 +349,17 @@ class Check:
         """
         if self._settled:
             return
-        assert self._expected is not None
         want = self._expected
-        value = want.value.double()
+        assert want is not None
         n = depth(self._operation, self._operands)
-        u = self._roundoff
-        wide = max(1.0, u / torch.finfo(self.dtype).eps * 2)
-        # n additions whose terms are as large as the result, and the contraction's own.
-        summed = (n + math.prod(self.shape) / max(1, value.numel())) / 9
-        scale, squares = want.scale.square(), value.square()
-        tiny = torch.finfo(self.dtype).tiny * math.sqrt(math.prod(self.shape)) * (n + 1)
-
-        def bound(summands: torch.Tensor) -> torch.Tensor:
-            return SLACK * (u * (scale * wide + summands * summed).sqrt() + tiny)
-
-        error = (contracted.double() - value).abs()
-        least = bound(squares)
-        if bool(((error <= least) & torch.isfinite(least)).all()):
+        tolerance = Tolerance(self.shape, self.dtype, n, self._roundoff)
+        if energy is None and tolerance.agrees(contracted, want):
             return  # as nearly always; what follows can only allow more
-        # A single contraction may be small by chance where its summands are not; those beside
-        # it, from the same secret, tell how large they are in proportion to their scale.
         along = -2 if self._operation.name.startswith("matmul") else -1
-        scales = scale.expand_as(value)
-        share = squares.sum(along, keepdim=True) / scales.sum(along, keepdim=True)
-        summands = torch.maximum(squares, torch.nan_to_num(share, 0.0) * scales)
-        if energy is not None:
-            summands = torch.maximum(summands, energy.double())
-        limit = bound(summands)
-        wrong = ~(error <= limit)  # NaN is wrong
-        wrong |= ~torch.isfinite(limit)
-        if wrong.any():
+        if wrong := tolerance.beyond(contracted, want, along, energy):
             raise Doubt(
                 f"a result for {self._site} is not the product that was asked for",
-                found=f"{int(wrong.sum())} of {wrong.numel()} contractions beyond their bound",
+                found=f"{wrong} of {want.value.numel()} contractions beyond their bound",
             )
 
     def settle(self, y: torch.Tensor) -> torch.Tensor:

@@ -173,7 +173,8 @@ class Interceptor(TorchFunctionMode):
         if reason is None:
             names = _SUMMAND_NAMES if handler in _SUMMANDS else _NAMES
             named = {names.get(name, name): v for name, v in kwargs.items() if name != "out"}
-            with self._engine.eyes_shut():
+            # What follows is the engine's own: it need not be seen, which costs more than it does.
+            with self._engine.eyes_shut(), torch._C.DisableTorchFunction():
                 found = handler(self._engine, *args, **named)
             if found is not None:
                 return found

@@ -17,7 +17,7 @@ import torch
 
 from cenacle.errors import InputError
 
-__all__ = ["compiled_kernels", "move_planes"]
+__all__ = ["TALL", "check_planes", "compiled_kernels", "move_planes"]
 
 Indices = npt.NDArray[np.int32]
 Scales = npt.NDArray[np.float32]
@@ -25,7 +25,7 @@ Scales = npt.NDArray[np.float32]
 _STREAM: Final = 8 << 20
 """Bytes from which a result does not stay in the cache anyway."""
 _LANES: Final = 64
-_TALL: Final = 4096
+TALL: Final = 4096
 """Columns up to which eight rows at once pay: beyond, their scratch leaves the inner cache."""
 
 
@@ -73,7 +73,7 @@ def move_planes(
         InputError: shapes or types do not fit, or an index is outside.
     """
     into = np.arange(len(rows), dtype=np.int32) if into is None else into
-    _check(src, dst, rows, cols, row_scale, col_scale, into, bias, gate, sums)
+    check_planes(src, dst, rows, cols, row_scale, col_scale, into, bias, gate, sums)
     if not len(rows) or not dst.numel():
         return
     kernels = compiled_kernels() if src.dtype == torch.float32 else None
@@ -88,7 +88,7 @@ def move_planes(
     options = {"gated": gate is not None, "summed": sums is not None}
     rest = (rows, into, cols, row_scale, col_scale, added, lowest, totals)
     if dst.shape[2] == 1:
-        tall = len(rows) > 4 and src.shape[1] <= _TALL
+        tall = len(rows) > 4 and src.shape[1] <= TALL
         move = kernels.columns_kernel(8 if tall else 4, **options)
         move(source[:, :, 0], target[:, :, 0], gates[:, :, 0], *rest)
     else:
@@ -101,7 +101,7 @@ def _array(tensor: torch.Tensor) -> Any:
     return tensor.detach().numpy()
 
 
-def _check(
+def check_planes(
     src: torch.Tensor,
     dst: torch.Tensor,
     rows: Indices,
@@ -181,7 +181,7 @@ def _add_up(x: torch.Tensor, cols: torch.Tensor, sums: torch.Tensor) -> None:
     height, width, size = x.shape
     total = sums.numpy()
     if size == 1:
-        step = 8 if height > 4 and width <= _TALL else 4
+        step = 8 if height > 4 and width <= TALL else 4
         for start in range(0, height, step):
             part = np.zeros(width, _array(x).dtype)
             for row in _array(x)[start : start + step, :, 0]:

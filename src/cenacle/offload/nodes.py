@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from cenacle.errors import InputError
+from cenacle.offload.chain_steps import Link
 from cenacle.offload.fusion import State
-from cenacle.offload.schemes.base import Fused, Needs, Site
+from cenacle.offload.norms import Norm, gradient
+from cenacle.offload.schemes.base import Fused, Gradients, Needs, Site
 
 if TYPE_CHECKING:
     from cenacle.offload.session import Offload
 
-__all__ = ["Offloaded", "Use"]
+__all__ = ["Normalised", "Offloaded", "Use"]
 
 
 class Offloaded(torch.autograd.Function):
@@ -47,7 +51,7 @@ class Offloaded(torch.autograd.Function):
         x, w = ctx.saved_tensors
         needs = Needs(*ctx.needs_input_grad[3:])
         spans = session.profile.span(site.name, "backward")
-        with spans, torch.no_grad(), session.eyes_shut():
+        with spans, torch.no_grad(), session.eyes_shut(), torch._C.DisableTorchFunction():
             if state.relu:
                 state.check()
                 fused = Fused(state.gate, state.pool)
@@ -56,11 +60,71 @@ class Offloaded(torch.autograd.Function):
                 found = scheme.backward(site, state.saved, gy, x, w, needs)
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             state.forget()
-        if torch.is_grad_enabled():  # create_graph=True
-            once: Any = _Once.apply
-            anchor = torch.zeros((), requires_grad=True)
-            return (None, None, None, *(None if g is None else once(g, anchor) for g in found))
-        return (None, None, None, *found)
+        return (None, None, None, *_last(found))
+
+
+class Normalised(torch.autograd.Function):
+    """A convolution and what follows it, as one node; see :mod:`cenacle.offload.chains`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        use: Use,
+        link: Link,
+        target: torch.Tensor | None,
+        x: torch.Tensor,
+        w: torch.Tensor,
+        bias: torch.Tensor | None,  # noqa: ARG004 - for its gradient, as for the others
+        weight: torch.Tensor | None,
+        shift: torch.Tensor | None,  # noqa: ARG004
+        residual: torch.Tensor | None,  # noqa: ARG004
+    ) -> torch.Tensor:
+        ctx.use, ctx.link = use, link
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x if use.session.scheme.keeps_input else None, w, weight)
+        found, link.ready = link.ready, None
+        if target is not None:
+            ctx.mark_dirty(target)
+            return target
+        assert found is not None
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        use: Use = ctx.use
+        link: Link = ctx.link
+        keep = torch._C._autograd._get_current_graph_task_keep_graph()
+        if g is None:  # something in place came after
+            if not keep:
+                link.forget()
+            return (None,) * 9
+        session, place = use.session, use.place
+        session.check_open()
+        x, w, _ = ctx.saved_tensors
+        needs = ctx.needs_input_grad[3:]
+        spans = session.profile.span(place.name, "backward")
+        with spans, torch.no_grad(), session.eyes_shut(), torch._C.DisableTorchFunction():
+            gy, residual, weight, shift = gradient(
+                g.contiguous(), link.output(), link.norm, session.buffers,
+                relu=link.relu, marks=link.marks,
+                needs=(any(needs[:3]), needs[5], needs[3] or needs[4]),
+            )  # fmt: skip
+            found = Gradients()
+            if gy is not None:
+                found = session.scheme.backward(place, link.saved, gy, x, w, Needs(*needs[:3]))
+        if not keep:
+            link.forget()
+        others = (weight if needs[3] else None, shift if needs[4] else None, residual)
+        return (None, None, None, *_last((*found, *others)))
+
+
+def _last(found: Sequence[torch.Tensor | None]) -> Sequence[torch.Tensor | None]:
+    """Gradients; under ``create_graph=True`` they say that there are no further ones."""
+    if not torch.is_grad_enabled():
+        return found
+    once: Any = _Once.apply
+    anchor = torch.zeros((), requires_grad=True)
+    return [None if g is None else once(g, anchor) for g in found]
 
 
 class Use:
@@ -75,7 +139,7 @@ class Use:
         bias: torch.Tensor | None,
     ) -> None:
         self.place, self.x, self.w, self.bias = place, x, w, bias
-        self._session = session
+        self.session = session
         self._versions = self._found()
         self._bias = None if bias is None else bias.detach().clone()
 
@@ -85,13 +149,13 @@ class Use:
 
     def node(self, state: State) -> torch.Tensor:
         found: torch.Tensor = Offloaded.apply(  # type: ignore[no-untyped-call]
-            self._session, self.place, state, self.x, self.w, self.bias
+            self.session, self.place, state, self.x, self.w, self.bias
         )
         return found
 
     def recover(self, state: State, *, relu: bool) -> torch.Tensor:
-        scheme = self._session.scheme
-        with self._session.profile.span(self.site, "forward"), torch.no_grad():
+        scheme = self.session.scheme
+        with self.session.profile.span(self.site, "forward"), torch.no_grad():
             found = scheme.recover(self.place, state.saved, self._bias, relu=relu)
             if found is not None:
                 full, state.gate = found
@@ -110,6 +174,34 @@ class Use:
             else:
                 full, state.saved = scheme.forward(self.place, self.x, self.w, self._bias)
             return full
+
+    def span(self) -> AbstractContextManager[None]:
+        return self.session.profile.span(self.site, "forward")
+
+    def start(self) -> tuple[Any, Any]:
+        with self.span(), torch.no_grad():
+            return self.session.scheme.start(self.place, self.x, self.w)
+
+    def finish(self, under_way: Any, saved: Any, norm: Norm | None, *, relu: bool) -> torch.Tensor:
+        scale, bias = None, self._bias
+        if norm is not None:
+            scale, bias = norm.affine
+            if self._bias is not None:
+                bias += torch.from_numpy(scale) * self._bias
+        with torch.no_grad():
+            return self.session.scheme.finish(self.place, saved, under_way, bias, scale, relu=relu)
+
+    def linked(self, link: Link, target: torch.Tensor | None) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            found = link.ready if target is None else target
+            assert found is not None
+            return found
+        bn = link.bn
+        node: torch.Tensor = Normalised.apply(  # type: ignore[no-untyped-call]
+            self, link, target, self.x, self.w, self.bias, bn.weight, bn.bias, link.residual
+        )
+        link.residual = None
+        return node
 
     def unchanged(self) -> bool:
         return self._found() == self._versions

@@ -25,16 +25,20 @@ import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
+from cenacle.accelerators.buffers import Buffers
 from cenacle.accelerators.protocol import Accelerator
 from cenacle.documents.receipt import LeakageRecord
 from cenacle.errors import InputError
 from cenacle.offload.attention import FastPath
+from cenacle.offload.calls import looks_only
+from cenacle.offload.chains import Chains
 from cenacle.offload.fleet import Fleet, Loss, Role
 from cenacle.offload.fusion import NOTHING, Fusion, Plan, State, hollow
 from cenacle.offload.integrity import Verifier
 from cenacle.offload.intercept import Interceptor
 from cenacle.offload.maps import Convolution, LinearMap, MatrixProduct
 from cenacle.offload.nodes import Offloaded, Use
+from cenacle.offload.pooling import max_pool
 from cenacle.offload.profile import Profile
 from cenacle.offload.resident import Keeper, Residency, Updates
 from cenacle.offload.running import Running
@@ -66,6 +70,7 @@ class Offload:
         self.fleet = fleet
         self.kept_inside: list[str] = []
         self._fusion = Fusion()
+        self._chains = Chains()
         self._weights = Weights(model)
         self._running: Running | None = None
         self._optimizers: Any = None
@@ -78,6 +83,11 @@ class Offload:
     @property
     def profile(self) -> Profile:
         return self.fleet.profile
+
+    @property
+    def buffers(self) -> Buffers:
+        """Memory for what is computed between layers."""
+        return self._chains.buffers
 
     @property
     def leakage(self) -> LeakageRecord:
@@ -143,6 +153,7 @@ class Offload:
                 self.scheme.detach()
         finally:
             self.fleet.close()
+            self._chains.close()
             if self.fleet.transcript is not None:
                 self.fleet.transcript.close()
 
@@ -224,7 +235,8 @@ class Offload:
                 weight.name, map_, role, True, weight.key, w if stays else None, trains=trains
             )
         elif isinstance(map_, MatrixProduct):
-            site = Site(self._running.next_product(), map_, role, False, (0, 0))
+            trains = torch.is_grad_enabled()
+            site = Site(self._running.next_product(), map_, role, False, (0, 0), trains=trains)
         else:  # a weight that was computed, e.g. by a parametrization
             site = Site(self._running.path or "model", map_, role, False, (0, 0))
         plan = NOTHING
@@ -235,9 +247,18 @@ class Offload:
                 plan = plan._replace(pool=False)
         if plan.relu and isinstance(map_, Convolution):
             return self._fused(Use(self, site, x, w, bias), plan, map_.space(x.shape, w.shape))
+        chains = self.scheme.fuses_norm and isinstance(map_, Convolution)
+        if chains and isinstance(map_, Convolution):
+            follows = self._chains.plan(site.name)
+            if follows.norm:
+                shape = (x.shape[0], w.shape[0], *map_.space(x.shape, w.shape))
+                use = Use(self, site, x, w, bias)
+                return self._chains.begin(use, follows, shape, x.dtype)
         found: torch.Tensor = Offloaded.apply(self, site, State(), x, w, bias)  # type: ignore[no-untyped-call]
         if fuses:
             self._fusion.made(site.name, found)
+        if chains:
+            self._chains.made(site.name, found)
         return found
 
     def _fused(self, use: Use, plan: Plan, space: Sequence[int]) -> torch.Tensor:
@@ -254,11 +275,19 @@ class Offload:
         return found
 
     def sees(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+        if looks_only(func):
+            return None
         with self.eyes_shut():
-            return self._fusion.sees(func, args, kwargs)
+            found = self._fusion.sees(func, args, kwargs)
+            if found is None:
+                found = self._chains.sees(func, args, kwargs)
+            if found is None and self.scheme.fuses_norm:
+                found = max_pool(func, args, kwargs, self.buffers)
+            return found
 
     def settle(self) -> None:
         self._fusion.settle()
+        self._chains.settle()
 
 
 def _check(model: nn.Module) -> None:

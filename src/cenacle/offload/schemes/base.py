@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -94,6 +95,7 @@ class Scheme(ABC):
     Attributes:
         fuses_relu: whether it applies a ReLU in the pass in which it unblinds.
         fuses_pool: whether it pools after that in the same pass.
+        fuses_norm: whether batch normalisation after a convolution is computed with it.
         keeps_input: whether :meth:`backward` needs the true ``x``; if not, the enclave does
             not keep it.
         verified: whether the fleet checks every product by default: not where workers are
@@ -105,6 +107,7 @@ class Scheme(ABC):
     name: ClassVar[str]
     fuses_relu: ClassVar[bool] = False
     fuses_pool: ClassVar[bool] = False
+    fuses_norm: ClassVar[bool] = False
     keeps_input: ClassVar[bool] = True
     verified: ClassVar[bool] = True
     resident: ClassVar[bool] = False
@@ -189,6 +192,27 @@ class Scheme(ABC):
     ) -> Gradients:
         """:meth:`backward` for the output of :meth:`forward_fused`."""
         return self.backward_relu(site, saved, gy, fused.gate, x, w, needs)
+
+    def start(self, site: Site, x: torch.Tensor, w: torch.Tensor) -> tuple[Any, Any]:
+        """Begin B(x, w): what is under way, for :meth:`finish`, and what is saved."""
+        return self.forward(site, x, w, None)
+
+    def finish(
+        self,
+        site: Site,  # noqa: ARG002
+        saved: Any,  # noqa: ARG002
+        under_way: Any,
+        bias: torch.Tensor | None,
+        scale: np.ndarray[Any, np.dtype[np.float32]] | None,
+        *,
+        relu: bool,
+    ) -> torch.Tensor:
+        """``scale * B(x, w) + bias``, both by output feature, and perhaps a ReLU of that."""
+        y: torch.Tensor = under_way
+        if scale is not None:
+            y *= torch.from_numpy(scale).view(1, -1, *([1] * (y.dim() - 2)))
+        y = add_bias(y, bias)
+        return y.clamp_min_(0) if relu else y
 
     def recover(
         self,

@@ -20,7 +20,8 @@ from torch import nn
 from cenacle.crypto.memory import SecretBytes
 from cenacle.documents.receipt import LeakageRecord
 from cenacle.errors import InputError, RefusedError
-from cenacle.offload.fleet import Fleet, Parcel, Remote, Role
+from cenacle.offload.fleet import Fleet, Job, Parcel, Remote, Role
+from cenacle.offload.kernels import Scales
 from cenacle.offload.keystream import Keystream
 from cenacle.offload.maps import Convolution, MatrixProduct
 from cenacle.offload.public_base import public_base
@@ -29,7 +30,15 @@ from cenacle.offload.schemes.base import Fused, Gradients, Needs, Scheme, Site, 
 from cenacle.offload.schemes.permuted_keys import Coefficients, Key, Keys, weight_frame
 from cenacle.offload.schemes.permuted_moves import Gate, Moves
 from cenacle.offload.schemes.permuted_resident import Resident, ResidentWeights
-from cenacle.offload.schemes.permuted_uses import Use, is_flipped, plan_use, y_shape
+from cenacle.offload.schemes.permuted_uses import (
+    Use,
+    asked_of_gradient,
+    asked_of_input,
+    asked_of_weight,
+    is_flipped,
+    plan_use,
+    y_shape,
+)
 from cenacle.offload.updates import Rule
 
 __all__ = ["Permuted"]
@@ -83,6 +92,7 @@ class Permuted(Scheme):
     name: ClassVar[str] = "permuted"
     fuses_relu: ClassVar[bool] = True
     fuses_pool: ClassVar[bool] = True
+    fuses_norm: ClassVar[bool] = True
     keeps_input: ClassVar[bool] = False
     resident: ClassVar[bool] = True
 
@@ -140,7 +150,7 @@ class Permuted(Scheme):
                 remedy="choose another scheme, or let the owner set allow_public_base",
             )
         super().attach(fleet, model)
-        self._moves = Moves(fleet)
+        self._moves = Moves(fleet, signs=self.coefficients == "signs")
         self._resident = ResidentWeights(fleet, self._moves, self._keys, self.rekey)
 
     def detach(self) -> None:
@@ -189,6 +199,29 @@ class Permuted(Scheme):
         bias: torch.Tensor | None,
         gate: Gate | None = None,
     ) -> tuple[torch.Tensor, _Saved]:
+        saved = self._sent(site, x, w)
+        return self._product(site, saved, bias, gate), saved
+
+    def start(self, site: Site, x: torch.Tensor, w: torch.Tensor) -> tuple[Any, Any]:
+        saved = self._sent(site, x, w)
+        return self._begun(site, saved), saved
+
+    def finish(
+        self,
+        site: Site,
+        saved: Any,
+        under_way: Any,
+        bias: torch.Tensor | None,
+        scale: Scales | None,
+        *,
+        relu: bool,
+    ) -> torch.Tensor:
+        """In the pass that unblinds."""
+        use: Use = saved.use
+        shape = y_shape(site.map, use.x_shape, use.w_shape)
+        return self._moves.open(under_way, shape, use.y, bias, Gate() if relu else None, scale)
+
+    def _sent(self, site: Site, x: torch.Tensor, w: torch.Tensor) -> _Saved:
         flipped = is_flipped(site.map, w)
         resident = self._resident.use(site, x.shape, w)
         weight: Parcel | Remote | None
@@ -197,18 +230,23 @@ class Permuted(Scheme):
         else:
             inner, outer, weight = self._weight(site, w, flipped)
         use = plan_use(self._keys, site.map, x.shape, w.shape, inner, outer, flipped=flipped)
-        sent = self._moves.send(x, use.x, site.role, site.name, trains=site.trains)
+        trains = site.trains
         if weight is None:
             role: Role = "activations" if isinstance(site.map, MatrixProduct) else "weights"
-            weight = self._moves.send(w.mT if flipped else w, use.w, role, site.name)
-        saved = _Saved(use, sent, weight, inner, resident)
-        return self._product(site, saved, bias, gate), saved
+            asked = asked_of_weight(site.map, use, trains=trains)
+            weight = self._moves.send(w.mT if flipped else w, use.w, role, site.name, asked=asked)
+        asked = asked_of_input(use, weight, trains=trains)
+        sent = self._moves.send(x, use.x, site.role, site.name, trains=trains, asked=asked)
+        return _Saved(use, sent, weight, inner, resident)
+
+    def _begun(self, site: Site, saved: _Saved) -> Job:
+        use, slot = saved.use, saved.w.slot if isinstance(saved.w, Remote) else None
+        return self.fleet.product(use.forward, saved.x, saved.w, site=site.name, slot=slot)
 
     def _product(
         self, site: Site, saved: _Saved, bias: torch.Tensor | None, gate: Gate | None
     ) -> torch.Tensor:
-        use, slot = saved.use, saved.w.slot if isinstance(saved.w, Remote) else None
-        job = self.fleet.product(use.forward, saved.x, saved.w, site=site.name, slot=slot)
+        use, job = saved.use, self._begun(site, saved)
         return self._moves.open(job, y_shape(site.map, use.x_shape, use.w_shape), use.y, bias, gate)
 
     def backward(
@@ -239,7 +277,10 @@ class Permuted(Scheme):
     ) -> Gradients:
         use = saved.use
         sums = torch.zeros(gy.shape[1], dtype=torch.float64) if needs.bias else None
-        gradient = self._moves.send(gy, use.gy, "gradients", site.name, sums, gate, trains=needs.w)
+        gradient = self._moves.send(
+            gy, use.gy, "gradients", site.name, sums, gate, trains=needs.w,
+            asked=asked_of_gradient(use, saved.w, saved.x, needs),
+        )  # fmt: skip
         first = second = None
         slot = saved.w.slot if isinstance(saved.w, Remote) else None
         if needs.x:
@@ -319,7 +360,9 @@ class Permuted(Scheme):
         if not site.weight:
             return *keys, None
         frame = weight_frame(*keys, groups, flipped)
-        parcel = self._moves.send(w.mT if flipped else w, frame, "weights", site.name)
+        parcel = self._moves.send(
+            w.mT if flipped else w, frame, "weights", site.name, asked=asked_of_weight(site.map)
+        )
         uses = 1 + (known.uses if known else 0)
         self._weights[name] = _Weight(*keys, site.key, parcel, uses)
         return *keys, parcel

@@ -16,9 +16,18 @@ from cenacle.accelerators.buffers import Buffers
 from cenacle.errors import IntegrityError
 from cenacle.offload.fleet import Fleet, Job, Parcel, Role
 from cenacle.offload.integrity import Check
-from cenacle.offload.kernels import move_planes
+from cenacle.offload.kernels import Scales, move_planes
+from cenacle.offload.matrix_passes import (
+    COUNT,
+    Asked,
+    MatrixSketch,
+    MatrixTally,
+    blind_matrix,
+    compiled_matrices,
+    unblind_matrix,
+)
 from cenacle.offload.passes import Sketch, Tally, blind, compiled, marks_for, unblind
-from cenacle.offload.schemes.permuted_keys import Frame
+from cenacle.offload.schemes.permuted_keys import Frame, Key
 
 __all__ = ["Gate", "Moves"]
 
@@ -41,10 +50,15 @@ class Gate:
 
 
 class Moves:
-    """Carries tensors across the border of the enclave, under keys."""
+    """Carries tensors across the border of the enclave, under keys.
 
-    def __init__(self, fleet: Fleet) -> None:
+    Args:
+        signs: all coefficients are +1 or -1.
+    """
+
+    def __init__(self, fleet: Fleet, *, signs: bool = True) -> None:
         self._fleet = fleet
+        self._signs = signs
         self._buffers = Buffers()
 
     def close(self) -> None:
@@ -61,8 +75,12 @@ class Moves:
         gate: Gate | None = None,
         *,
         trains: bool = True,
+        asked: Asked | None = None,
     ) -> Parcel:
-        """``trains``: whether a weight gradient may be asked for with it."""
+        """``trains``: whether a weight gradient may be asked for with it.
+
+        ``asked``: of a matrix, what the checks of its products ask for.
+        """
         value = value.detach().contiguous()
         width = None if gate is None else gate.pool
         shape = list(value.shape)
@@ -73,8 +91,11 @@ class Moves:
         source, target = frame.planes(value), frame.planes(blinded)
         keys = (rows.index, cols.index, rows.scale, cols.scale)
         marked = gate is not None and not gate.marks.is_floating_point()
+        matrix = None if asked is None or gate is not None else self._matrix(blinded, frame, asked)
         sketch = self._sketch(blinded, target, role, trains=trains)
-        if marked or sketch is not None:
+        if matrix is not None:
+            blind_matrix(source[:, :, 0], target[:, :, 0], *keys, matrix, sums)
+        elif marked or sketch is not None:
             blind(
                 source, target, *keys, marks=gate.marks if gate is not None and marked else None,
                 width=width, sums=sums, sketch=sketch,
@@ -101,6 +122,18 @@ class Moves:
             return None
         return verifier.sketch(blinded, target.shape[2], self._buffers, folded=trains)
 
+    def _matrix(self, blinded: torch.Tensor, frame: Frame, asked: Asked) -> MatrixSketch | None:
+        """The same for a matrix, or a batch of them."""
+        verifier = self._fleet.verifier
+        if (
+            verifier is None
+            or not self._signs
+            or len(frame.rows) * len(frame.cols) != blinded.numel()
+            or len(self._fleet.members) > 1
+        ):
+            return None
+        return verifier.sketch_matrix(blinded, asked)
+
     def open(
         self,
         job: Job,
@@ -108,16 +141,20 @@ class Moves:
         frame: Frame,
         bias: torch.Tensor | None = None,
         gate: Gate | None = None,
+        scale: Scales | None = None,
     ) -> torch.Tensor:
         """Unblind each part as it arrives, straight from where the worker put it.
 
-        Parts of a sum are whole and are added in order; others are rows. With a gate the result
-        has a ReLU applied, is pooled if the gate says so, and is remembered there.
+        Parts of a sum are whole and are added in order; others are rows. ``scale``, one for each
+        column, multiplies the result before the bias is added. With a gate the result has a ReLU
+        applied, is pooled if the gate says so, and is remembered there.
         """
         summed = job.product.reduce == "sum"
         found: list[torch.Tensor] = []
         each = len(frame.rows) // max(1, shape[0])  # of the frame's rows in one of the tensor
         back = frame.cols.inverse
+        if scale is not None:
+            back = Key(back.index, back.scale * scale)
         bias = None if bias is None else bias.detach().contiguous()
         pooled = list(shape)
         if gate is not None and gate.pool is not None:
@@ -132,7 +169,8 @@ class Moves:
                     expected=tuple(expected),
                 )
             tally = self._tally(part, check)
-            if check is not None and tally is None:
+            matrix = self._matrix_tally(part, check)
+            if check is not None and tally is None and matrix is None:
                 # Of a copy: what is checked must be what is used.
                 part = check.verify(self._buffers.empty(part.shape, part.dtype).copy_(part))
             own = self._buffers.empty(pooled, part.dtype) if summed or not found else found[0]
@@ -142,7 +180,14 @@ class Moves:
             source = part.contiguous().view(len(into), len(frame.cols), -1)
             row_scale = np.reciprocal(frame.rows.scale[chosen])
             marked = gate is not None and (gate.pool is not None or source.shape[2] > 1)
-            if marked or tally is not None:
+            if check is not None and matrix is not None:
+                unblind_matrix(
+                    source[:, :, 0], whole[:, :, 0], into, back.index, row_scale, back.scale,
+                    matrix, bias,
+                )  # fmt: skip
+                assert matrix.found is not None
+                check.compare(matrix.found.view(*part.shape[:-2], *matrix.found.shape[1:]))
+            elif marked or tally is not None:
                 if gate is not None and marked and not found:
                     plane = source.shape[2]
                     high, columns = whole.shape[:2]
@@ -188,6 +233,23 @@ class Moves:
         totals = torch.zeros(bundles, plane, dtype=torch.float64)
         r = vectors.r[0].float().numpy()
         return Tally(r, vectors.s.numpy(), vectors.bundle, totals)
+
+    @staticmethod
+    def _matrix_tally(part: torch.Tensor, check: Check | None) -> MatrixTally | None:
+        """What contracts matrices while they are read."""
+        if (
+            check is None
+            or check.vectors is None
+            or not check.operation.name.startswith("matmul")
+            or len(check.vectors.r) != COUNT
+            or part.dtype != torch.float32
+            or not part.is_contiguous()
+            or not part.numel()
+            or not compiled_matrices()
+        ):
+            return None
+        transposed = check.operation.name == "matmul_weight"
+        return MatrixTally(check.vectors.r, part.shape[-2], transposed)
 
     def unblind(self, value: torch.Tensor, frame: Frame, into: torch.Tensor) -> None:
         """Into memory of the enclave, which ``value`` lies in already; of the same shape."""

@@ -10,9 +10,21 @@ import torch
 
 from cenacle.accelerators.protocol import Operation
 from cenacle.offload.maps import Convolution, Dense, LinearMap, MatrixProduct, Product
+from cenacle.offload.matrix_passes import Asked, Side
+from cenacle.offload.parcel import Parcel
+from cenacle.offload.remote import Remote
+from cenacle.offload.schemes.base import Needs
 from cenacle.offload.schemes.permuted_keys import Frame, Key, Keys, nested, weight_frame
 
-__all__ = ["Use", "is_flipped", "plan_use", "y_shape"]
+__all__ = [
+    "Use",
+    "asked_of_gradient",
+    "asked_of_input",
+    "asked_of_weight",
+    "is_flipped",
+    "plan_use",
+    "y_shape",
+]
 
 
 @dataclass(frozen=True)
@@ -45,6 +57,40 @@ class Use:
     @property
     def gw(self) -> Frame:
         return Frame(self.w.rows.dual, self.w.cols.dual)
+
+
+def asked_of_weight(
+    map_: LinearMap, use: Use | None = None, *, trains: bool = True
+) -> Asked | None:
+    """How the second operand is contracted when it is written: for both of its products."""
+    if isinstance(map_, Convolution):
+        return None
+    side = None if use is None or trains else _side(use.forward)
+    return Asked(("left", "right") if side is None else (side,))
+
+
+def asked_of_input(use: Use, w: Parcel | Remote | None, *, trains: bool) -> Asked | None:
+    """The first one, sent after the second: for the forward product and the weight gradient."""
+    side = _side(use.forward)
+    if side is None or not isinstance(w, Parcel):
+        return None
+    return Asked(("right",) if trains else (), along=(w.value, side))
+
+
+def asked_of_gradient(use: Use, w: Parcel | Remote, x: Parcel, needs: Needs) -> Asked | None:
+    """The gradient of the result, for those of both operands."""
+    side = _side(use.input_gradient)
+    if side is None or not isinstance(w, Parcel):
+        return None
+    return Asked(along=(w.value, side) if needs.x else None, across=x.value if needs.w else None)
+
+
+def _side(product: Product) -> Side | None:
+    """From which side the second operand is contracted for the check; None: of images."""
+    operation = product.operation
+    if operation.name != "matmul":
+        return None
+    return "left" if operation.attributes.get("transpose_b") else "right"
 
 
 def plan_use(
