@@ -8,14 +8,16 @@ turns on copies of one model and the same batch; a ratio is the median over the 
 (seconds without protection / seconds of the contender) within a turn, so 1 is no cost.
 
 * ``ratio``, ``ratio_per_layer``: this engine, with flat and with per-layer clipping.
+* ``ratio_bfloat16_norms``: flat, with ``norm_dtype=torch.bfloat16``; transformers only.
 * ``opacus_hooks``, ``opacus_ghost``: Opacus's ``GradSampleModule`` with ``DPOptimizer``, and
   its fast gradient clipping with ghost norms. ``null`` where Opacus is not installed or cannot
   run the model; ``opacus_problem`` then says why. Its noise is torch's generator, not a
   cryptographic one.
 * ``best_ratio``, ``best_ratio_per_layer``: from each contender's fastest step, which other
   programs on the machine disturb least.
-* ``peak_memory_ratio``: most resident memory of a process that makes three private steps / of
-  one that makes three plain ones; both less the memory before the model was built.
+* ``peak_memory_ratio``, ``peak_memory_ratio_per_layer``: most resident memory of a process that
+  makes three private steps / of one that makes three plain ones; both less the memory before
+  the model was built.
 * ``plain_seconds``: a step without protection.
 
 ``--keep-heap`` keeps freed memory in the process, for all contenders alike, as programs that
@@ -44,11 +46,14 @@ from torch.nn import functional
 from benchmarks._dp_models import BATCHES, batch_of, build, losses_of
 from benchmarks._report import report
 from cenacle.offload.heap import keep_heap
-from cenacle.training.privacy import make_private
+from cenacle.training.privacy import Noise, make_private
 
 Step = Callable[[], Any]
 _WARM = 2
 _CLIP, _SIGMA = 1.0, 1.0
+_POSITIONS = {"vit", "gpt2"}  # dense layers over positions, whose norms bfloat16 makes cheaper
+_KINDS = ("plain", "private", "layered")  # whose memory is measured
+_OURS = ("ratio", "ratio_per_layer", "ratio_bfloat16_norms")
 
 
 def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
@@ -68,11 +73,11 @@ def plain(name: str, model: nn.Module, x: Tensor, y: Tensor) -> Step:
     return step
 
 
-def private(name: str, model: nn.Module, x: Tensor, y: Tensor, *, per_layer: bool = False) -> Step:
+def private(name: str, model: nn.Module, x: Tensor, y: Tensor, **options: Any) -> Step:
     """A step of this engine."""
     optimizer, losses = _optimizer(model), losses_of(name, model)
     engine = make_private(
-        model, clip=_CLIP, noise_multiplier=_SIGMA, expected_batch=len(x), per_layer=per_layer
+        model, clip=_CLIP, noise_multiplier=_SIGMA, expected_batch=len(x), **options
     )
 
     def step() -> None:
@@ -149,6 +154,8 @@ def measure(name: str, batch: int, rounds: int, *, opacus: bool) -> dict[str, An
         "ratio": private,
         "ratio_per_layer": lambda *a: private(*a, per_layer=True),
     }
+    if name in _POSITIONS:
+        makers["ratio_bfloat16_norms"] = lambda *a: private(*a, norm_dtype=torch.bfloat16)
     if opacus:
         makers |= {"opacus_hooks": opacus_hooks, "opacus_ghost": opacus_ghost}
     steps: dict[str, Step] = {}
@@ -171,14 +178,14 @@ def measure(name: str, batch: int, rounds: int, *, opacus: bool) -> dict[str, An
             times[key].append(time.perf_counter() - begin)
     kept = {key: values[_WARM:] for key, values in times.items()}
     out: dict[str, Any] = {"plain_seconds": statistics.median(kept["plain"])}
-    for key in ("ratio", "ratio_per_layer", "opacus_hooks", "opacus_ghost"):
+    for key in (*_OURS, "opacus_hooks", "opacus_ghost"):
         found = kept.get(key)
         out[key] = (
             statistics.median(p / t for p, t in zip(kept["plain"], found, strict=True))
             if found
             else None
         )
-    for key in ("ratio", "ratio_per_layer"):
+    for key in kept.keys() & set(_OURS):
         out[f"best_{key}"] = min(kept["plain"]) / min(kept[key])
     if problems:
         out["opacus_problem"] = problems
@@ -195,24 +202,31 @@ def peak_of(name: str, kind: str, batch: int) -> int:
     """Kilobytes that a process of its own needs for three steps."""
     x, y = batch_of(name, batch)
     functional.conv2d(torch.zeros(1, 1, 3, 3), torch.zeros(1, 1, 3, 3))
+    Noise().number()  # libraries, and the compiler that makes the noise's kernel
     before = _peak()
-    step = {"plain": plain, "private": private}[kind](name, build(name), x, y)
+    if kind == "plain":
+        step = plain(name, build(name), x, y)
+    else:
+        step = private(name, build(name), x, y, per_layer=kind == "layered")
     for _ in range(3):
         step()
     return _peak() - before
 
 
-def memory_ratio(name: str, batch: int, threads: int) -> float:
-    """Peak of private steps / peak of plain ones."""
+def memory_ratios(name: str, batch: int, threads: int) -> dict[str, float]:
+    """Peaks of private steps / peak of plain ones."""
     peaks = {}
-    for kind in ("plain", "private"):
+    for kind in _KINDS:
         command = [sys.executable, "-m", "benchmarks.dp", "--model", name, "--batch", str(batch)]
         done = subprocess.run(
             [*command, "--threads", str(threads), "--peak", kind],
             check=True, capture_output=True, text=True,
         )  # fmt: skip
         peaks[kind] = json.loads(done.stdout.splitlines()[-1])
-    return float(peaks["private"] / peaks["plain"])
+    return {
+        "peak_memory_ratio": peaks["private"] / peaks["plain"],
+        "peak_memory_ratio_per_layer": peaks["layered"] / peaks["plain"],
+    }
 
 
 def main() -> None:
@@ -226,7 +240,7 @@ def main() -> None:
     parser.add_argument("--no-opacus", action="store_true")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--peak", choices=("plain", "private"), help=argparse.SUPPRESS)
+    parser.add_argument("--peak", choices=_KINDS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     batch = options.batch or BATCHES[options.model]
     torch.set_num_threads(options.threads or torch.get_num_threads())
@@ -243,7 +257,7 @@ def main() -> None:
         **measure(options.model, batch, options.rounds, opacus=not options.no_opacus),
     }
     if not options.no_memory:
-        results["peak_memory_ratio"] = memory_ratio(options.model, batch, torch.get_num_threads())
+        results |= memory_ratios(options.model, batch, torch.get_num_threads())
     report("dp", results, as_json=options.json)
 
 

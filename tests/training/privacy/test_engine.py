@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -428,3 +430,43 @@ def test_own_rules(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Odd(lambda x, w: torch.cdist(x, w))
     private_of(model).backward(loss_of(model), *data())
     assert model.odd.grad is not None
+
+
+class Look(torch.autograd.Function):
+    """Looks, when its gradient comes, which of some tensors are still there."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, look: Callable[[], None]) -> Tensor:
+        ctx.look = look
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        ctx.look()
+        return gradient, None
+
+
+@pytest.mark.parametrize("layered", [False, True])
+def test_activations_are_given_up_as_soon_as_they_are_used(layered: bool) -> None:
+    """Where gradients are formed or clipped at once, nothing waits for the end of the pass."""
+    layers = nn.ModuleList([nn.Conv2d(3, 3, 3, padding=1) for _ in range(4)])
+    private = private_of(layers, per_layer=layered)
+    kept: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def loss(x: Tensor) -> Tensor:
+        x = Look.apply(x.clone().requires_grad_(), lambda: alive.append(  # type: ignore[no-untyped-call]
+            sum(ref() is not None for ref in kept)))  # fmt: skip
+        for layer in layers:
+            x = torch.tanh(layer(x))
+            kept.append(weakref.ref(x))
+        return x.square().sum((1, 2, 3))
+
+    gc.disable()
+    try:
+        for _ in range(2):
+            private.backward(loss, torch.randn(5, 3, 16, 16))
+    finally:
+        gc.enable()
+    assert alive
+    assert max(alive) == 0

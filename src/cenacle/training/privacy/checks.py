@@ -40,6 +40,12 @@ def check_model(model: nn.Module) -> None:
         ReplaceOperationError: another layer without a rule has trainable parameters.
         PrivacyError: the model recomputes activations, or is spread by a wrapper.
     """
+    for name, p in model.named_parameters():
+        if type(p.data).__name__ == "DTensor":
+            raise PrivacyError(
+                f"the parameter '{name}' is spread over processes",
+                remedy="keep the whole model in each, and pass group= to make_private",
+            )
     for name, module in model.named_modules():
         shown = f"{type(module).__name__} '{name}'"
         trainable = any(p.requires_grad for p in module.parameters(recurse=False))
@@ -56,6 +62,11 @@ def check_model(model: nn.Module) -> None:
             )
         if isinstance(module, (nn.DataParallel, torch.jit.ScriptModule)):
             raise PrivacyError(f"{shown} hides operations", remedy="use the plain module")
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            raise PrivacyError(
+                f"{shown} adds up gradients before they are clipped and noised",
+                remedy="pass the plain module, and group=dist.group.WORLD to make_private",
+            )
         if getattr(module, "gradient_checkpointing", False) is True and module.training:
             raise PrivacyError(
                 f"{shown} recomputes activations, which hides operations",

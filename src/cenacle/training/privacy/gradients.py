@@ -23,6 +23,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from cenacle.training.privacy.precision import upper_ghost
+
 __all__ = [
     "CANCELLATION",
     "EmbeddingUse",
@@ -41,6 +43,9 @@ CANCELLATION = 0.02
 
 _RANGE = 1e16  # squared norms beyond it may have partners that underflowed float32
 _KEEP_BYTES = 1 << 26  # per-example gradients of one use that may wait for the clip factors
+_SOME = 4  # gradients formed at a time to be clipped at once: few enough for the cache
+_STREAM = 24  # multiplications that cost as much as reading an element of those twice
+_STREAM_SIZE = 1 << 20  # elements of a gradient that the cache can hold
 _GHOST_CHUNK = 1 << 22  # elements of a Gram matrix in work at a time
 
 
@@ -49,6 +54,16 @@ class Use(ABC):
 
     examples: int
     device: torch.device
+    low = False  # norms may be upper bounds from bfloat16 products
+
+    @property
+    def streams(self) -> bool:
+        """Whether :meth:`clipped` never holds the gradients of all examples, as norms would."""
+        return False
+
+    def prepare(self) -> None:
+        """Do now what is cheaper while the output's gradient is in the cache."""
+        return
 
     @abstractmethod
     def square_norms(self) -> Tensor:
@@ -67,6 +82,18 @@ class Use(ABC):
             masked: some factors are zero because their gradients may be NaN or infinite;
                 such examples contribute exactly nothing.
         """
+
+    def clipped(
+        self, others: Tensor, factors_of: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """The weighted sum, and its factors (B,), where they depend on these norms too.
+
+        Args:
+            others: (B,) squared norms of what is clipped together with this.
+            factors_of: from squared norms (n,) of n examples to their factors.
+        """
+        factors = factors_of(others + self.square_norms())
+        return self.weighted(factors, masked=bool((factors == 0).any())), factors
 
 
 def scale_rows(rows: Tensor, factors: Tensor, *, masked: bool) -> Tensor:
@@ -104,14 +131,14 @@ class Formed(Use):
     """Gradients that exist: (B, *shape)."""
 
     def __init__(self, gradients: Tensor) -> None:
+        if gradients.dtype in (torch.bfloat16, torch.float16):
+            gradients = gradients.float()  # factors and sums are not to be rounded to their type
         self.gradients = gradients
         self.examples = gradients.shape[0]
         self.device = gradients.device
 
     def square_norms(self) -> Tensor:
         flat = self.gradients.reshape(self.examples, -1)
-        if flat.dtype in (torch.bfloat16, torch.float16):
-            flat = flat.float()
         return torch.linalg.vector_norm(flat, dim=1).double().square()  # type: ignore[no-any-return]
 
     def per_example(self) -> Tensor:
@@ -139,11 +166,36 @@ class Outer(Use):
 
     def flipped(self) -> Outer:
         """The same gradients, transposed."""
-        return Outer(self.x, self.d, transposed=not self.transposed)
+        other = Outer(self.x, self.d, transposed=not self.transposed)
+        other.low = self.low
+        return other
 
     def _cheaper_formed(self) -> bool:
         (_, t, k), o = self.x.shape, self.d.shape[2]
         return t * k * o <= t * t * (k + o)
+
+    @property
+    def streams(self) -> bool:
+        """Formed in the cache, clipped and added, where a ghost norm would cost more."""
+        (_, t, k), o = self.x.shape, self.d.shape[2]
+        cheaper = _STREAM * k * o < t * t * (k + o) and k * o <= _STREAM_SIZE
+        return cheaper and self.examples > 0 and t > 1
+
+    def clipped(
+        self, others: Tensor, factors_of: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        if not self.streams:
+            return super().clipped(others, factors_of)
+        left, right = (self.x, self.d) if self.transposed else (self.d, self.x)
+        total: Tensor | None = None
+        factors = []
+        for i in range(0, self.examples, _SOME):
+            part = Formed(left[i : i + _SOME].mT @ right[i : i + _SOME])
+            factors.append(factors_of(others[i : i + _SOME] + part.square_norms()))
+            added = part.weighted(factors[-1], masked=bool((factors[-1] == 0).any()))
+            total = added if total is None else total.add_(added)
+        assert total is not None
+        return total, torch.cat(factors)
 
     def square_norms(self) -> Tensor:
         b, t, _ = self.x.shape
@@ -166,6 +218,11 @@ class Outer(Use):
         return torch.cat(parts)
 
     def _ghost(self, x: Tensor, d: Tensor, first: int) -> Tensor:
+        if self.low and x.dtype == torch.float32:
+            found = upper_ghost(x, d)
+            if found is not None:
+                bounds, largest = found
+                return repair_ghost(bounds, 0 * bounds, largest, lambda i: self._exact(first + i))
         gx, gd = x @ x.mT, d @ d.mT
         dx, dd = gx.diagonal(dim1=1, dim2=2), gd.diagonal(dim1=1, dim2=2)
         trace = (dx * dd).sum(1)
@@ -287,6 +344,7 @@ def merge(uses: Sequence[Use]) -> Use:
                 torch.cat([u.d for u in outers], 1),
                 transposed=outers[0].transposed,
             )
+            outer.low = outers[0].low
         if tables:
             table = EmbeddingUse(
                 torch.cat([u.ids for u in tables], 1),

@@ -22,9 +22,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 
 from cenacle.training.privacy.gradients import Formed, Use
+from cenacle.training.privacy.precision import exact_products, has_bfloat16
 from cenacle.training.privacy.refusals import KeepExamplesApartError, ReplaceOperationError
 from cenacle.training.privacy.targets import (
     DATA,
@@ -44,6 +46,8 @@ from cenacle.training.privacy.trees import map_tensors, tensors_in
 
 __all__ = ["Tape"]
 
+_PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.Size, slice)
+
 
 class Tape(TorchFunctionMode):
     """Records one forward pass over ``examples`` examples.
@@ -54,6 +58,7 @@ class Tape(TorchFunctionMode):
         batch: tensors that hold the examples.
         watch: keep a :class:`Sight` of everything that rules see, for the probe.
         done: called when a parameter without derivations has all its gradients.
+        low: norms may be upper bounds from bfloat16 products.
     """
 
     def __init__(
@@ -64,8 +69,10 @@ class Tape(TorchFunctionMode):
         *,
         watch: bool = False,
         done: Callable[[Target], None] | None = None,
+        low: bool = False,
     ) -> None:
         super().__init__()
+        self.low = low
         self.examples = examples
         self.targets = {name: Target(name, p) for name, p in parameters.items()}
         self.derived: list[Derived] = []
@@ -84,6 +91,7 @@ class Tape(TorchFunctionMode):
             if hasattr(tensor, TAG):
                 delattr(tensor, TAG)
         self._tagged = []
+        self.done = None
 
     # ------------------------------------------------------------------ provenance
 
@@ -139,9 +147,15 @@ class Tape(TorchFunctionMode):
         """Deliver a use that was announced."""
         if target is None:
             return
-        target.uses.append(make())
-        if self.done and len(target.uses) == target.expected and not isinstance(target, Derived):
-            self.done(target)
+        kind = target.value.device.type
+        with exact_products(kind):
+            made = make()
+            made.low = self.low and has_bfloat16(kind)
+            target.uses.append(made)
+            if self.done is None:
+                made.prepare()
+            elif len(target.uses) == target.expected and not isinstance(target, Derived):
+                self.done(target)
 
     def see(self, where: str, *tensors: Tensor | None, data: bool = True) -> None:
         """Show the probe what a rule depends on."""
@@ -168,6 +182,7 @@ class Tape(TorchFunctionMode):
         if not torch.is_grad_enabled():
             return forward()
         kept = [(t, t._version) for t in inputs if t is not None]
+        taker = [take]
         self.see(where, *inputs)
 
         def received(gradient: Tensor) -> None:
@@ -178,8 +193,10 @@ class Tape(TorchFunctionMode):
                             f"an input of {where} was changed in place after its use",
                             remedy="use the operation that makes a new tensor",
                         )
+                # This function lives as long as the graph; what it read need not.
+                kept.clear()
                 self.see(where + " (gradient)", gradient)
-                take(gradient)
+                taker.pop()(gradient)
 
         if any(t is not None and t.requires_grad for t in inputs):
             out = forward()
@@ -278,9 +295,7 @@ class Tape(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        tensors = tensors_in(args, kwargs)
-        involved = [t for t in map(self.target, tensors) if t is not None]
-        data = any(getattr(t, TAG, None) is DATA for t in tensors)
+        tensors, involved, data = self._scan((*args, *kwargs.values()) if kwargs else args)
         rule = RULES.get(func)
         if rule is not None and getattr(rule, "always", False):
             out = rule(self, func, *args, **kwargs)
@@ -306,9 +321,34 @@ class Tape(TorchFunctionMode):
             return self._derive(func, args, kwargs, tensors, involved)
         return self.refuse(func, involved[0])
 
+    # Every operation of the model comes through here, so it is written for speed.
+    def _scan(self, values: tuple[Any, ...]) -> tuple[list[Tensor], list[Target], bool]:
+        """Tensors among arguments, the targets among those, and whether one is data."""
+        tensors: list[Tensor] = []
+        for value in values:
+            kind = type(value)
+            if kind is Tensor or kind is Parameter:
+                tensors.append(value)
+            elif kind not in _PLAIN:
+                tensors.extend(tensors_in(value))
+        involved: list[Target] = []
+        data = False
+        names, targets = self._by_id, self.targets
+        for tensor in tensors:
+            name = names.get(id(tensor))
+            if name is not None:
+                involved.append(targets[name])
+                continue
+            found = getattr(tensor, TAG, None)
+            if found is DATA:
+                data = True
+            elif isinstance(found, Derived):
+                involved.append(found)
+        return tensors, involved, data
+
     def tag(self, out: Any) -> Any:
         """Mark tensors as data."""
-        for tensor in tensors_in(out):
+        for tensor in (out,) if type(out) is Tensor else tensors_in(out):
             if self.target(tensor) is None:
                 setattr(tensor, TAG, DATA)
         return out

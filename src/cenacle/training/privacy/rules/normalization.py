@@ -65,7 +65,7 @@ def group_norm(
     def copies(plain: Tensor | None, found: Target | None) -> Tensor | None:
         if plain is None:
             return None
-        many = plain.repeat(n)
+        many = plain.expand(n, c).reshape(-1)
         return many if found is None else tape.source(where, many, found)
 
     scale = copies(plain_w if plain_w is not None else input.new_ones(c), w)
