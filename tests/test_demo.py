@@ -30,7 +30,7 @@ def _play(folder: Path, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.processes
-def test_the_demonstration_plays_until_the_budget_refuses(tmp_path: Path) -> None:
+def test_the_demonstration_plays_and_its_figures_are_the_last_line(tmp_path: Path) -> None:
     folder = tmp_path / "demo"
     played = _play(folder, tmp_path)
     assert played.returncode == 0, played.stderr
@@ -75,7 +75,13 @@ def test_the_demonstration_plays_until_the_budget_refuses(tmp_path: Path) -> Non
     others = (p for p in folder.rglob("*") if p.is_file() and p.name != "records.csv")
     assert not [p for p in others if row.encode() in p.read_bytes()]
 
-    # Once more on the same patients: refused before any key leaves, with the figures.
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_the_demonstration_is_played_again_until_the_budget_refuses(tmp_path: Path) -> None:
+    """Before any key leaves, and with the figures."""
+    folder = tmp_path / "demo"
+    assert _play(folder, tmp_path).returncode == 0
     again = _play(folder, tmp_path)
     assert again.returncode == 4, again.stderr
     refusal = json.loads(again.stdout.splitlines()[-1])

@@ -144,7 +144,7 @@ def test_terms_are_explained_in_words(alone: Command, tmp_path: Path) -> None:
     for part in (
         "trusted hardware",
         "Recipes that may run: nothing. Programs: nothing.",
-        "All uses together may spend epsilon 0.0",
+        "All jobs ever may spend epsilon 0.0",
         "What may leave: nothing; to: nothing.",
         "Uses in all: 1, until 2027-12-31T23:59:59Z.",
         "Each contract needs the owner's signature.",
