@@ -15,7 +15,7 @@ from cenacle.cli.demo_patients import HOSPITALS
 from cenacle.cli.privacy import budget_row
 from cenacle.cli.stage import Stage
 
-__all__ = ["Outcome", "closing_tables", "show_budgets"]
+__all__ = ["Outcome", "closing_tables", "show_budgets", "show_layers"]
 
 
 @dataclass
@@ -27,12 +27,14 @@ class Outcome:
         pooled: measures of the clinic's model on the clinic's patients.
         alone: the same of each hospital's own.
         views: the hospitals' budgets afterwards.
+        layers: of the sandbox, as `cenacle enclave layers` tells them.
     """
 
     number: int
     pooled: dict[str, Any] = field(default_factory=dict)
     alone: dict[str, dict[str, Any]] = field(default_factory=dict)
     views: list[BudgetView] = field(default_factory=list)
+    layers: list[dict[str, Any]] = field(default_factory=list)
     receipt: Path = Path()
     model: str = ""
     seconds: float = 0.0
@@ -67,7 +69,7 @@ def show_budgets(stage: Stage, names: Sequence[str], views: Sequence[BudgetView]
 def closing_tables(stage: Stage, outcome: Outcome) -> None:
     """Accuracy, protection, and the commands to go on with."""
     _accuracy(stage, outcome)
-    _protection(stage)
+    _protection(stage, outcome.layers)
     stage.console.print(f"\nplayed in {outcome.seconds} s")
     _commands(stage, outcome)
 
@@ -92,10 +94,15 @@ def _accuracy(stage: Stage, outcome: Outcome) -> None:
     )
 
 
-def _protection(stage: Stage) -> None:
+def show_layers(stage: Stage, layers: Sequence[dict[str, Any]]) -> None:
+    """One line a layer of the operator's sandbox."""
+    for layer in layers:
+        state = "active" if layer["missing"] is None else f"not used: {layer['missing']}"
+        stage.console.print(f"  {layer['name']:12} {escape(state)}", soft_wrap=True)
+
+
+def _protection(stage: Stage, layers: Sequence[dict[str, Any]]) -> None:
     console = stage.console
-    operator = stage.actor("operator")
-    layers = operator.ask("enclave", "layers", shown=False)["layers"]
     active = [layer["name"] for layer in layers if layer["missing"] is None]
     absent = [f"{layer['name']}: {layer['missing']}" for layer in layers if layer["missing"]]
     table = Table(title="\nwhat was protected from whom", title_justify="left", show_lines=True)
