@@ -120,8 +120,8 @@ def _protection(stage: Stage, layers: Sequence[dict[str, Any]]) -> None:
     )
     table.add_row(
         "single patients in the model",
-        "the clinic, and whoever it gives the model to: (1, 0.0001)-differential privacy of this "
-        "job, and the hospitals' budgets over all jobs",
+        "the clinic, and whoever it gives the model to: up to the contract's epsilon and delta, "
+        "and over all jobs up to the hospitals' budgets",
         "that a hospital has so many patients; whoever has the model and the broker's keys",
     )
     table.add_row(
