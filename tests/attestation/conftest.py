@@ -77,9 +77,15 @@ def name_digest() -> Callable[[str], str]:
 
 @pytest.fixture
 def altered() -> Callable[..., Evidence]:
-    """Evidence with fields of its body replaced; the signature stays as it was."""
+    """Evidence with fields of its body, or ``stated`` ones of the agent's statement, replaced.
 
-    def alter(evidence: Evidence, **fields: Any) -> Evidence:
-        return Evidence(kind=evidence.kind, body={**evidence.body, **fields})
+    The signature stays as it was.
+    """
+
+    def alter(evidence: Evidence, *, stated: dict[str, Any] | None = None, **fields: Any) -> Any:
+        body = {**evidence.body, **fields}
+        if stated is not None:
+            body["statement"] = {**body["statement"], **stated}
+        return Evidence(kind=evidence.kind, body=body)
 
     return alter

@@ -19,6 +19,7 @@ from cenacle.attestation import (
     Claims,
     Evidence,
     InstallationKey,
+    Shown,
     SimulatedAttester,
     SimulatedVerifier,
     Verifier,
@@ -53,7 +54,7 @@ Fault = Callable[[Attested, Alter], object]
 
 def _remeasured(a: Attested, alter: Alter) -> object:
     measurements = {**a.measurements, "package": OTHER}
-    return a.verify(alter(a.evidence(), measurements=measurements))
+    return a.verify(alter(a.evidence(), stated={"measurements": measurements}))
 
 
 def _signed_by_another(a: Attested, _: Alter) -> object:
@@ -112,7 +113,7 @@ FAULTS = [
     pytest.param("package", _changed_package, id="another package, truthfully signed"),
     pytest.param("installation", _signed_by_another, id="another installation"),
     # one that checked the measurement and not the signature
-    pytest.param("not signed", _remeasured, id="a measurement changed after signing"),
+    pytest.param("another nonce", _remeasured, id="a measurement changed after signing"),
     pytest.param("not signed", _another_installation_s_signature, id="another's signature"),
     pytest.param(
         "not signed",
@@ -130,14 +131,29 @@ FAULTS = [
         id="no signature",
     ),
     pytest.param(
-        "not signed",
-        lambda a, alter: a.verify(alter(a.evidence(), layers=["tee"])),
+        "another nonce",
+        lambda a, alter: a.verify(alter(a.evidence(), stated={"layers": ["tee"]})),
         id="layers added after signing",
     ),
     pytest.param(
         "not signed",
         lambda a, alter: a.verify(alter(a.evidence(), issued="2027-02-01T10:00:01Z")),
         id="a later time after signing",
+    ),
+    pytest.param(
+        "another nonce",
+        lambda a, alter: a.verify(alter(a.evidence(), stated={"issued": "2027-02-01T10:00:01Z"})),
+        id="a statement of a later time",
+    ),
+    pytest.param(
+        "another nonce",
+        lambda a, alter: a.verify(
+            Evidence(
+                kind="simulated",
+                body={k: v for k, v in a.evidence().body.items() if k != "statement"},
+            )
+        ),
+        id="a statement left out",
     ),
     # an empty expected digest that meant "skip"
     pytest.param("package", _reference(package=()), id="an empty list of references"),
@@ -153,7 +169,7 @@ FAULTS = [
     # a measurement that nobody approved
     pytest.param("extra", _added("extra"), id="a measurement without a reference"),
     pytest.param(
-        "states its own installation",
+        "only simulated hardware can take",
         _added("installation"),
         id="evidence that states its own installation",
     ),
@@ -248,17 +264,18 @@ class Careless(Verifier):
 
     kind = "snp"
 
-    def authenticate(self, evidence: Evidence, report_data: bytes, now: Any) -> Claims:
-        return Claims(
+    def inspect(self, evidence: Evidence, now: Any) -> Shown:
+        claims = Claims(
             kind="snp", protection="tee", measurements=dict(evidence.body), layers=(), issued=now
         )
+        return Shown(claims, bytes(64))
 
 
 def test_evidence_that_shows_nothing_where_nothing_is_demanded(attested: Attested) -> None:
     class Empty(Careless):
-        def authenticate(self, evidence: Evidence, report_data: bytes, now: Any) -> Claims:
-            claims = super().authenticate(evidence, report_data, now)
-            return claims.model_copy(update={"measurements": {}})
+        def inspect(self, evidence: Evidence, now: Any) -> Shown:
+            claims = super().inspect(evidence, now).claims
+            return Shown(claims.model_copy(update={"measurements": {}}), bytes(64))
 
     evidence = Evidence(kind="snp", body={"package": OTHER})
     with pytest.raises(EvidenceError, match="proves nothing"):

@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from cenacle.documents.base import Digest, Document, Frozen, JsonObject, Name, short
+from cenacle.documents.base import Document, Frozen, JsonObject, Name, short
 from cenacle.documents.clauses import Clause, check
-from cenacle.documents.protection import Protection
+from cenacle.documents.protection import Measured, Protection
 
 __all__ = ["Claims", "Evidence", "compare"]
 
@@ -29,19 +29,23 @@ class Claims(Frozen):
     """What a verifier believes after authenticating evidence.
 
     Attributes:
-        measurements: name to digest, all of them really vouched for by the evidence.
+        measurements: name to digest or register value, all of them really vouched for by the
+            evidence; compared with the contract's reference values in both directions.
+        properties: what else the evidence proves, for a policy to judge: TCB status, security
+            versions, chip identifiers, versions of firmware.
         layers: sandbox layers that were active, as the measured agent reports them.
-        issued: when the evidence was made, by the attester's clock.
+        issued: when the evidence was made, by its own clock if it has one.
     """
 
     kind: Name
     protection: Protection
-    measurements: dict[str, Digest]
+    measurements: dict[str, Measured]
+    properties: JsonObject = Field(default_factory=dict)
     layers: tuple[Name, ...]
     issued: datetime
 
 
-def compare(claims: Claims, reference: Mapping[str, tuple[Digest, ...]]) -> list[Clause]:
+def compare(claims: Claims, reference: Mapping[str, tuple[Measured, ...]]) -> list[Clause]:
     """Measurements against reference values, one clause each, in both directions.
 
     A reference that the evidence does not show fails (it cannot pass unused), an empty list

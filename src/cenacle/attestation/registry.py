@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
+import hmac
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 from types import MappingProxyType
-from typing import ClassVar, Final, NoReturn, Self
+from typing import Any, ClassVar, Final, NamedTuple, NoReturn, Self, final
 
+from cenacle.attestation.binding import REPORT_DATA_BYTES, Statement
 from cenacle.attestation.claims import Claims, Evidence, compare
-from cenacle.documents.base import Digest
+from cenacle.documents.base import Digest, format_time, parse_time
 from cenacle.documents.clauses import all_met, failed
-from cenacle.documents.protection import Protection, protection_of
-from cenacle.errors import EvidenceError
+from cenacle.documents.protection import Measured, Protection, protection_of
+from cenacle.errors import CenacleError, EvidenceError, InputError
 
-__all__ = ["MAX_AGE", "Attester", "Verifier", "VerifierSet"]
+__all__ = ["MAX_AGE", "Attester", "Shown", "Verifier", "VerifierSet"]
 
 MAX_AGE: Final = timedelta(minutes=5)
 """Evidence further than this from the verifier's clock is stale (or from the future)."""
+
+
+_STATEMENT: Final = "statement"
+
+
+class Shown(NamedTuple):
+    """What authenticated evidence shows.
+
+    Attributes:
+        claims: what the evidence vouches for by itself.
+        bound: the bytes in it that were chosen by the attester: report data, qualifying data or
+            a nonce. What they must be, :meth:`Verifier.authenticate` compares.
+    """
+
+    claims: Claims
+    bound: bytes
 
 
 class Attester(ABC):
@@ -25,7 +43,6 @@ class Attester(ABC):
 
     kind: ClassVar[str]
 
-    @abstractmethod
     def attest(
         self,
         report_data: bytes,
@@ -33,7 +50,31 @@ class Attester(ABC):
         layers: tuple[str, ...],
         now: datetime,
     ) -> Evidence:
-        """Evidence that binds ``report_data`` (64 bytes)."""
+        """Evidence that binds ``report_data`` (64 bytes) and what the agent states of itself.
+
+        Raises:
+            InputError: the report data has another length.
+            UnavailableError: this machine cannot make such evidence.
+        """
+        if len(report_data) != REPORT_DATA_BYTES:
+            raise InputError(
+                "report data has the wrong length",
+                found=f"{len(report_data)} bytes",
+                expected=f"{REPORT_DATA_BYTES} bytes",
+            )
+        statement = Statement(
+            measurements=dict(measurements), layers=layers, issued=format_time(now)
+        )
+        body = self.collect(statement.bind(report_data), now)
+        return Evidence(kind=self.kind, body={**body, _STATEMENT: statement.to_fields()})
+
+    @abstractmethod
+    def collect(self, bound: bytes, now: datetime) -> dict[str, Any]:
+        """The body of evidence that carries ``bound`` (64 bytes) in the kind's own way.
+
+        Raises:
+            UnavailableError: this machine cannot make such evidence.
+        """
 
 
 class Verifier(ABC):
@@ -46,17 +87,104 @@ class Verifier(ABC):
         return protection_of(self.kind)
 
     @abstractmethod
-    def authenticate(self, evidence: Evidence, report_data: bytes, now: datetime) -> Claims:
-        """Check signature, binding and age, and return what the evidence vouches for.
+    def inspect(self, evidence: Evidence, now: datetime) -> Shown:
+        """Check structure, signatures, certificates and their dates; refuse debug modes.
+
+        Says nothing about freshness: use :meth:`authenticate` wherever keys depend on it.
 
         Raises:
             EvidenceError: saying which check failed, what was found and expected.
         """
 
+    def binding(self, report_data: bytes) -> bytes:
+        """How the kind carries 64 bytes of report data; as they are unless overridden."""
+        return report_data
+
+    @classmethod
+    def body_of(cls, raw: bytes, collateral: bytes | None = None) -> dict[str, Any]:
+        """The body for evidence in the vendor's own format, e.g. a quote in a file.
+
+        Raises:
+            InputError: the kind has no such format, or the file is not in it.
+        """
+        del raw, collateral
+        raise InputError(
+            f"{cls.kind} evidence has no raw format", expected="an evidence document (JSON)"
+        )
+
+    @final
+    def authenticate(self, evidence: Evidence, report_data: bytes, now: datetime) -> Claims:
+        """Check all that :meth:`inspect` does, and that the evidence is of this very moment.
+
+        Args:
+            report_data: 64 bytes, from the nonce that was given out (see
+                :func:`~cenacle.attestation.binding.report_data`).
+
+        Raises:
+            EvidenceError: saying which check failed, what was found and expected.
+        """
+        if evidence.kind != self.kind:
+            raise EvidenceError(
+                "evidence is of another kind", found=evidence.kind, expected=self.kind
+            )
+        if len(report_data) != REPORT_DATA_BYTES:
+            raise EvidenceError(
+                "the expected report data has the wrong length",
+                found=f"{len(report_data)} bytes",
+                expected=f"{REPORT_DATA_BYTES} bytes",
+            )
+        shown = self.inspect(evidence, now)
+        statement = self.statement(evidence)
+        data = report_data if statement is None else statement.bind(report_data)
+        expected = self.binding(data)
+        if not hmac.compare_digest(shown.bound, expected):
+            raise EvidenceError(
+                "evidence is bound to another nonce, contract or enclave key",
+                found=shown.bound[:12].hex(),
+                expected=expected[:12].hex(),
+                remedy="evidence cannot be replayed or relayed: make fresh evidence",
+            )
+        claims = shown.claims
+        if statement is not None:
+            self.check_age(parse_time(statement.issued), now)
+            claims = self._with_statement(claims, statement)
+        self.check_age(claims.issued, now)
+        return claims
+
+    def statement(self, evidence: Evidence) -> Statement | None:
+        """What the agent states of itself in the evidence; unchecked.
+
+        Raises:
+            EvidenceError: it is malformed.
+        """
+        if _STATEMENT not in evidence.body:
+            return None
+        try:
+            return Statement.from_fields(evidence.body[_STATEMENT])
+        except CenacleError as error:
+            raise EvidenceError(
+                f"the agent's statement in {self.kind} evidence is malformed",
+                found=error.diagnostics(),
+            ) from None
+
+    def _with_statement(self, claims: Claims, statement: Statement) -> Claims:
+        if both := sorted(set(claims.measurements) & set(statement.measurements)):
+            raise EvidenceError(
+                f"the agent states measurements that only {self.kind} hardware can take",
+                found=", ".join(both),
+                expected="measurements of its own",
+            )
+        return claims.model_copy(
+            update={
+                "measurements": {**claims.measurements, **statement.measurements},
+                "layers": statement.layers,
+            }
+        )
+
     def verify(
         self,
         evidence: Evidence,
-        reference: Mapping[str, tuple[Digest, ...]],
+        reference: Mapping[str, tuple[Measured, ...]],
         report_data: bytes,
         now: datetime,
     ) -> Claims:

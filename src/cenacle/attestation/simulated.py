@@ -10,20 +10,17 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Final, Literal, Self
 
-from cenacle.attestation.binding import REPORT_DATA_BYTES
 from cenacle.attestation.claims import Claims, Evidence
-from cenacle.attestation.registry import Attester, Verifier
+from cenacle.attestation.registry import Attester, Shown, Verifier
 from cenacle.crypto import SecretBytes, SigningKey, VerifyKey
 from cenacle.documents.base import (
     Base64,
     Digest,
     Frozen,
-    Name,
     Timestamp,
     b64,
     canonical_json,
@@ -34,19 +31,18 @@ from cenacle.documents.base import (
 )
 from cenacle.errors import CenacleError, EvidenceError, InputError, SignatureError, UnavailableError
 
-__all__ = ["InstallationKey", "SimulatedAttester", "SimulatedVerifier"]
+__all__ = ["WARNING", "InstallationKey", "SimulatedAttester", "SimulatedVerifier"]
 
 _KIND = "simulated"
-_DOMAIN = b"cenacle/simulated-evidence/v1\x00"
+_DOMAIN = b"cenacle/simulated-evidence/v2\x00"
+WARNING: Final = "simulated: protects from nobody with root on the machine"
 
 
 class _Report(Frozen):
     """What the installation key signs (all but ``signature``)."""
 
-    warning: str = "simulated: protects from nobody with root on the machine"
+    warning: Literal["simulated: protects from nobody with root on the machine"] = WARNING
     installation_key: Base64
-    measurements: dict[str, Digest]
-    layers: tuple[Name, ...]
     report_data: Base64
     issued: Timestamp
     signature: Base64 | None = None
@@ -124,36 +120,21 @@ def _make_seed(path: Path) -> None:
 
 
 class SimulatedAttester(Attester):
-    """Signs the measurements that it is given with the installation key."""
+    """Signs with the installation key; the measurements are the agent's statement."""
 
     kind = _KIND
 
     def __init__(self, installation: InstallationKey) -> None:
         self._installation = installation
 
-    def attest(
-        self,
-        report_data: bytes,
-        measurements: Mapping[str, Digest],
-        layers: tuple[str, ...],
-        now: datetime,
-    ) -> Evidence:
-        if len(report_data) != REPORT_DATA_BYTES:
-            raise InputError(
-                "report data has the wrong length",
-                found=f"{len(report_data)} bytes",
-                expected=f"{REPORT_DATA_BYTES} bytes",
-            )
+    def collect(self, bound: bytes, now: datetime) -> dict[str, Any]:
         report = _Report(
             installation_key=b64(self._installation.key.verify_key.raw),
-            measurements=dict(measurements),
-            layers=layers,
-            report_data=b64(report_data),
+            report_data=b64(bound),
             issued=format_time(now),
         )
         signature = b64(self._installation.key.sign(report.message()))
-        body: dict[str, Any] = report.model_copy(update={"signature": signature}).to_fields()
-        return Evidence(kind=_KIND, body=body)
+        return report.model_copy(update={"signature": signature}).to_fields()
 
 
 class SimulatedVerifier(Verifier):
@@ -165,23 +146,17 @@ class SimulatedVerifier(Verifier):
 
     kind = _KIND
 
-    def authenticate(self, evidence: Evidence, report_data: bytes, now: datetime) -> Claims:
-        if evidence.kind != _KIND:
-            raise EvidenceError("evidence is of another kind", found=evidence.kind, expected=_KIND)
-        if len(report_data) != REPORT_DATA_BYTES:
-            raise EvidenceError(
-                "the expected report data has the wrong length",
-                found=f"{len(report_data)} bytes",
-                expected=f"{REPORT_DATA_BYTES} bytes",
-            )
+    def inspect(self, evidence: Evidence, now: datetime) -> Shown:
+        del now  # the key has no dates; the age is that of the report
         try:
-            report = _Report.from_fields(evidence.body)
+            fields = {name: value for name, value in evidence.body.items() if name != "statement"}
+            report = _Report.from_fields(fields)
             key = VerifyKey(unb64(report.installation_key))
             key.verify(unb64(report.signature or ""), report.message())
         except SignatureError:
             raise EvidenceError(
                 "simulated evidence is not signed by the installation that it names",
-                found="another signature, or altered measurements",
+                found="another signature, or an altered report",
                 expected="the installation key's signature over the whole report",
                 remedy="start the enclave again",
             ) from None
@@ -189,23 +164,12 @@ class SimulatedVerifier(Verifier):
             raise EvidenceError(
                 "simulated evidence is malformed", found=error.diagnostics()
             ) from None
-        if unb64(report.report_data) != report_data:
-            raise EvidenceError(
-                "evidence is bound to another nonce, contract or enclave key",
-                found=report.report_data[:16],
-                expected=b64(report_data)[:16],
-                remedy="evidence cannot be replayed or relayed: make fresh evidence",
-            )
-        if "installation" in report.measurements:
-            raise EvidenceError(
-                "evidence states its own installation", expected="only the key decides that"
-            )
-        issued = parse_time(report.issued).astimezone(UTC)
-        self.check_age(issued, now)
-        return Claims(
+        claims = Claims(
             kind=_KIND,
             protection=self.protection,
-            measurements={**report.measurements, "installation": sha256_digest(key.raw)},
-            layers=report.layers,
-            issued=issued,
+            measurements={"installation": sha256_digest(key.raw)},
+            properties={"warning": WARNING},
+            layers=(),
+            issued=parse_time(report.issued).astimezone(UTC),
         )
+        return Shown(claims, unb64(report.report_data))

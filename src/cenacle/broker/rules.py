@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 from cenacle.attestation.claims import Claims, compare
+from cenacle.attestation.policies import judge
 from cenacle.documents.approval import approves, describe_rule
 from cenacle.documents.asset import Asset
 from cenacle.documents.base import minutes, parse_time, short
@@ -268,6 +269,7 @@ def _evidence(facts: Facts) -> list[Clause]:
             "run on the hardware that the contract names",
         ),
         *compare(claims, {**listed, "program": (program,)}),
+        *judge(claims, contract.enclave.policy_for(claims.kind)),
         check(
             "contract",
             "layers",

@@ -423,7 +423,7 @@ def _explain(cls: type[Any], names: Iterable[str], error: ValidationError) -> Do
 
 def short(digest: str) -> str:
     """The first 12 hexadecimal digits, for tables and messages."""
-    return digest.removeprefix("sha256:")[:12]
+    return digest.rpartition(":")[2][:12]
 
 
 def _check_json(fields: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,13 @@ from cenacle.documents.base import (
 from cenacle.documents.offload import PUBLIC_BASE, EnclavePlan, OffloadPlan, PermutedPlan
 from cenacle.documents.privacy import PrivacyEvent, PrivacyPlan
 from cenacle.documents.private_recipe import check_private_recipe, privacy_events
-from cenacle.documents.protection import EVIDENCE_KINDS, Protection, at_least, protection_of
+from cenacle.documents.protection import (
+    ENCLAVE_KINDS,
+    Measured,
+    Protection,
+    at_least,
+    protection_of,
+)
 from cenacle.documents.recipe import GraphModel, Recipe
 from cenacle.documents.terms import OutputKind
 
@@ -87,20 +93,33 @@ class EnclaveRequirements(Frozen):
         reference: accepted measurements by evidence kind: every one listed must be shown by
             the evidence with one of the accepted digests, and a kind that is not listed is
             not accepted. The ``program`` measurement follows from the job and is not listed.
+        policy: by evidence kind, what else its evidence must prove (TCB status, security
+            versions, chips), as the kind's own policy states it
+            (:mod:`cenacle.attestation.policies`); the strictest where it is left out.
         layers: sandbox layers that must be active.
     """
 
     reference: Annotated[
         dict[
-            Literal[*EVIDENCE_KINDS],  # type: ignore[valid-type]
+            Literal[*ENCLAVE_KINDS],  # type: ignore[valid-type]
             Annotated[
-                dict[Measurement, Annotated[tuple[Digest, ...], Field(min_length=1)]],
+                dict[Measurement, Annotated[tuple[Measured, ...], Field(min_length=1)]],
                 Field(min_length=1),
             ],
         ],
         Field(min_length=1),
     ]
+    policy: Annotated[dict[Name, JsonObject], Field(min_length=1)] | None = None
     layers: tuple[Name, ...] = ()
+
+    @model_validator(mode="after")
+    def _policies_are_used(self) -> Self:
+        if unused := sorted(set(self.policy or ()) - set(self.reference)):
+            raise ValueError(
+                f"policy names {', '.join(unused)}, which has no reference values: it would "
+                "never be looked at"
+            )
+        return self
 
     @model_validator(mode="after")
     def _program_follows_from_the_job(self) -> Self:
@@ -111,6 +130,10 @@ class EnclaveRequirements(Frozen):
                     "the job: remove it"
                 )
         return self
+
+    def policy_for(self, kind: str) -> JsonObject:
+        """The fields of the policy of an evidence kind; empty for the strictest."""
+        return (self.policy or {}).get(kind, {})
 
     @property
     def weakest(self) -> Protection:

@@ -6,11 +6,30 @@ shows which software ran but the host can read its memory; ``tee`` keeps the hos
 
 from __future__ import annotations
 
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
+
+from pydantic import StringConstraints
 
 from cenacle.errors import DocumentError
 
-__all__ = ["EVIDENCE_KINDS", "Protection", "at_least", "protection_of"]
+__all__ = [
+    "DEVICE_KINDS",
+    "ENCLAVE_KINDS",
+    "EVIDENCE_KINDS",
+    "Measured",
+    "Protection",
+    "at_least",
+    "protection_of",
+]
+
+Measured = Annotated[
+    str,
+    StringConstraints(
+        pattern=r"^(?:sha256:[0-9a-f]{64}|sha384:[0-9a-f]{96}|sha512:[0-9a-f]{128}"
+        r"|hex:(?:[0-9a-f]{2}){1,256})$"
+    ),
+]
+"""What a register or a software measurement holds: a digest, or raw bytes as ``hex:``."""
 
 Protection = Literal["simulated", "measured", "tee"]
 
@@ -25,7 +44,15 @@ EVIDENCE_KINDS: Final[dict[str, Protection]] = {
     "snp": "tee",
     "az-snp-vtpm": "tee",
     "nitro": "tee",
+    "nvidia": "tee",
+    "composite": "tee",
 }
+
+DEVICE_KINDS: Final = frozenset({"nvidia"})
+"""Kinds that speak for a device only: no enclave runs in one, so they stand in ``composite``."""
+
+ENCLAVE_KINDS: Final = tuple(kind for kind in EVIDENCE_KINDS if kind not in DEVICE_KINDS)
+"""Kinds that a contract can accept of an enclave."""
 
 
 def protection_of(kind: str) -> Protection:
