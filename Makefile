@@ -13,6 +13,9 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v >= (3, 11) else f"Cenacle needs Python 3.11 or later, found {v[0]}.{v[1]}; run: make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@if pkg-config --exists tss2-esys tss2-mu tss2-rc tss2-tctildr 2>/dev/null; then \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[tpm]' \
+	  || echo "tpm2-pytss could not be built: this machine's TPM will not be used"; fi
 	touch $(STAMP)
 
 demo: install

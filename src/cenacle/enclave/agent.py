@@ -30,6 +30,7 @@ from cenacle.enclave.outputs import OutputValue, seal_outputs
 from cenacle.enclave.program_job import run_program
 from cenacle.enclave.receipt import NOTHING_OFFLOADED, finish, write_draft
 from cenacle.enclave.recipe_job import run_recipe
+from cenacle.enclave.sandbox.base import PLATFORM_SOCKET
 from cenacle.enclave.sandbox.entry import AgentConfig
 from cenacle.enclave.session import Session, patiently
 from cenacle.errors import EnclaveError
@@ -77,7 +78,7 @@ def run_agent(config: AgentConfig, channel: Channel) -> None:
             "program": expected_program(opened.contract, opened.assets),
             "sandbox": config.plan.digest,
         }
-        attester = attester_for(job.evidence, config.paths)
+        attester = attester_for(job.evidence, config.paths, config.paths.get(PLATFORM_SOCKET))
 
         channel.stage("keys")
         session = Session.open(

@@ -18,10 +18,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from cenacle.attestation.platform import PlatformService
+from cenacle.attestation.registry import Attester
 from cenacle.enclave.channel import Finished, Message
 from cenacle.enclave.host_accelerators import HostAccelerators
 from cenacle.enclave.relay import Relay
 from cenacle.enclave.sandbox import Mount, SandboxPlan, View
+from cenacle.enclave.sandbox.base import PLATFORM_SOCKET
 from cenacle.enclave.sandbox.entry import AgentConfig, enclave_main
 from cenacle.enclave.sandbox.folders import enclave_environment, interpreter_command
 from cenacle.enclave.sandbox.watch import ProcessWatch
@@ -41,6 +44,7 @@ __all__ = [
 
 _MOUNT_NAME = re.compile(r"[a-z][a-z0-9_-]{0,31}")
 _SOCKET_NAME = "broker_socket"
+_SOCKET_NAMES = (_SOCKET_NAME, PLATFORM_SOCKET)
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,8 @@ class LaunchRequest:
         threads: for OpenMP and MKL; by default the processors this process may use.
         accelerators: kind of each accelerator to start outside the enclave, with a socket
             into it; only if the plan has accelerators.
+        platform: the host's hardware, which makes the enclave's evidence; without it the
+            evidence is simulated.
     """
 
     broker: tuple[str, int]
@@ -67,6 +73,7 @@ class LaunchRequest:
     argv: tuple[str, ...] = ("-m", "cenacle.enclave")
     threads: int | None = None
     accelerators: tuple[str, ...] = ()
+    platform: Attester | None = None
 
 
 class RunningEnclave(ABC):
@@ -166,15 +173,29 @@ class ProcessLauncher(Launcher):
                 found=f"{len(job.accelerators)} accelerators",
                 expected="one or more" if job.plan.accelerators else "none",
             )
+        if (job.platform is not None) != job.plan.platform:
+            raise InputError(
+                "the sandbox plan and the request differ in whether hardware makes the evidence",
+                found="an attester" if job.platform is not None else "no attester",
+                expected="an attester" if job.plan.platform else "none",
+            )
         threads = job.threads or len(os.sched_getaffinity(0))
         outside = HostAccelerators(job.accelerators, threads)
-        relay = Relay(job.broker).start()
+        services: list[Relay | PlatformService] = []
         try:
-            socket_mount = _place(_SOCKET_NAME, relay.path, root)
+            relay = Relay(job.broker).start()
+            services.append(relay)
+            sockets = {_SOCKET_NAME: _place(_SOCKET_NAME, relay.path, root)}
+            if job.platform is not None:
+                platform = PlatformService(job.platform).start()
+                services.append(platform)
+                sockets[PLATFORM_SOCKET] = _place(PLATFORM_SOCKET, platform.path, root)
             view = View(
-                tuple(read_only.values()), tuple(writable.values()), sockets=(socket_mount,)
+                tuple(read_only.values()),
+                tuple(writable.values()),
+                sockets=tuple(sockets.values()),
             )
-            mounts = {**read_only, **writable, _SOCKET_NAME: socket_mount}
+            mounts = {**read_only, **writable, **sockets}
             config = {
                 "accelerators": outside.described(),
                 "job": dict(job.config),
@@ -183,7 +204,7 @@ class ProcessLauncher(Launcher):
                 "paths": {name: str(mount.inside) for name, mount in mounts.items()},
                 "read_only": sorted(read_only),
                 "sandbox": job.plan.to_dict(),
-                "sockets": [_SOCKET_NAME],
+                "sockets": sorted(sockets),
                 "writable": sorted(writable),
             }
             try:
@@ -201,11 +222,19 @@ class ProcessLauncher(Launcher):
                 return line
 
             return _ProcessEnclave(
-                ProcessWatch(command, environment, document, relay, outside, wrapped=bool(outer))
+                ProcessWatch(
+                    command,
+                    environment,
+                    document,
+                    services,
+                    outside,
+                    wrapped=bool(outer),
+                )
             )
         except BaseException:
             outside.close()
-            relay.close()
+            for service in services:
+                service.close()
             raise
 
 
@@ -237,11 +266,11 @@ def _place(name: str, source: Path, root: Path | None) -> Mount:
 def _mounts(given: Mapping[str, Path], root: Path | None, *, writable: bool) -> dict[str, Mount]:
     mounts = {}
     for name, path in sorted(given.items()):
-        if not _MOUNT_NAME.fullmatch(name) or name == _SOCKET_NAME:
+        if not _MOUNT_NAME.fullmatch(name) or name in _SOCKET_NAMES:
             raise InputError(
                 "a mount has an unusable name",
                 found=name,
-                expected="lower-case letters, digits, - and _, not broker_socket",
+                expected=f"lower-case letters, digits, - and _, not {' or '.join(_SOCKET_NAMES)}",
             )
         source = Path(path).resolve()
         if writable and not source.is_dir():

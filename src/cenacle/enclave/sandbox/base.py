@@ -11,11 +11,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 from cenacle.errors import EnclaveError, InputError
 
-__all__ = ["InnerLayer", "Layer", "Mount", "OuterLayer", "View", "layer", "layers", "register"]
+__all__ = [
+    "PLATFORM_SOCKET",
+    "InnerLayer",
+    "Layer",
+    "Mount",
+    "OuterLayer",
+    "View",
+    "layer",
+    "layers",
+    "register",
+]
 
 
 @dataclass(frozen=True)
@@ -26,6 +36,10 @@ class Mount:
     inside: Path
 
 
+PLATFORM_SOCKET: Final = "platform_socket"
+"""The mount where the launcher serves evidence that the host's hardware makes."""
+
+
 @dataclass(frozen=True)
 class View:
     """Everything of the host that an enclave may touch, next to the interpreter.
@@ -33,7 +47,8 @@ class View:
     Attributes:
         read_only: sealed assets and whatever else the job reads.
         writable: folders for sealed outputs and checkpoints.
-        sockets: unix sockets that it may connect to: the relay to the broker.
+        sockets: unix sockets that it may connect to: the relay to the broker, and the host's hardware
+            where that makes the evidence.
         accelerators: whether it shares memory with accelerators over sockets that it inherits.
     """
 

@@ -23,6 +23,7 @@ from typing import Any
 
 from cenacle.enclave.channel import Channel
 from cenacle.enclave.sandbox import Mount, SandboxPlan, View, apply_inner, linux, verify_active
+from cenacle.enclave.sandbox.base import PLATFORM_SOCKET
 from cenacle.errors import EnclaveError
 
 __all__ = ["EXIT_FAILED", "Agent", "AgentConfig", "enclave_main"]
@@ -148,6 +149,12 @@ def _read_config(sockets: tuple[int, ...]) -> _Told:
             raise EnclaveError(
                 "the sandbox plan has no accelerators, but there are sockets to some",
                 found=str(len(accelerators)),
+                remedy="run with the same version of cenacle that made the contract",
+            )
+        if (PLATFORM_SOCKET in names["sockets"]) != plan.platform:
+            raise EnclaveError(
+                "the sandbox plan and the sockets differ in whether the host's hardware answers",
+                found=", ".join(names["sockets"]),
                 remedy="run with the same version of cenacle that made the contract",
             )
         return _Told(fields["job"], paths, plan, view, fields["parent"], accelerators)

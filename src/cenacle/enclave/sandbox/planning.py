@@ -39,10 +39,12 @@ class SandboxPlan:
     Attributes:
         settings: layer name -> what it enforces; equal on equal systems, without host paths.
         accelerators: whether the enclave has sockets to accelerators outside of it.
+        platform: whether it has a socket to its host's hardware, which makes its evidence.
     """
 
     settings: Mapping[str, Mapping[str, Any]]
     accelerators: bool = False
+    platform: bool = False
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -59,6 +61,7 @@ class SandboxPlan:
             "version": 1,
             "accelerators": self.accelerators,
             "layers": [{"name": n, "settings": dict(s)} for n, s in self.settings.items()],
+            **({"platform": True} if self.platform else {}),
         }
 
     @classmethod
@@ -69,10 +72,11 @@ class SandboxPlan:
         would not enforce.
         """
         try:
-            if set(fields) != {"version", "accelerators", "layers"} or fields["version"] != 1:
+            names = set(fields) - {"platform"}
+            if names != {"version", "accelerators", "layers"} or fields["version"] != 1:
                 raise ValueError
-            accelerators = fields["accelerators"]
-            if not isinstance(accelerators, bool):
+            accelerators, platform = fields["accelerators"], "platform" in fields
+            if not isinstance(accelerators, bool) or fields.get("platform", True) is not True:
                 raise ValueError
             settings = {str(entry["name"]): dict(entry["settings"]) for entry in fields["layers"]}
             if len(settings) != len(fields["layers"]):
@@ -92,7 +96,7 @@ class SandboxPlan:
                     found=name,
                     remedy="plan and run with the same version of cenacle on the same machine",
                 )
-        return cls(settings, accelerators)
+        return cls(settings, accelerators, platform)
 
     def outer(self) -> tuple[OuterLayer, ...]:
         """The layers that the launcher applies."""
@@ -108,11 +112,14 @@ def probe() -> list[LayerStatus]:
     return [LayerStatus(one.name, one.protects, one.available()) for one in layers()]
 
 
-def plan(requested: Sequence[str] | None = None, *, accelerators: bool = False) -> SandboxPlan:
+def plan(
+    requested: Sequence[str] | None = None, *, accelerators: bool = False, platform: bool = False
+) -> SandboxPlan:
     """Every layer that works here, or exactly the requested ones.
 
     Args:
         accelerators: whether the enclave gets sockets to accelerators.
+        platform: whether it gets a socket to the host's hardware, for its evidence.
 
     Raises:
         InputError: a requested layer does not exist.
@@ -130,7 +137,7 @@ def plan(requested: Sequence[str] | None = None, *, accelerators: bool = False) 
                     found=reason,
                     remedy="install what is missing, or do without this layer",
                 )
-    return SandboxPlan({one.name: one.settings() for one in chosen}, accelerators)
+    return SandboxPlan({one.name: one.settings() for one in chosen}, accelerators, platform)
 
 
 def apply_inner(chosen: SandboxPlan, view: View) -> None:

@@ -7,9 +7,10 @@ import os
 import signal
 import subprocess
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from cenacle.attestation.platform import PlatformService
 from cenacle.enclave.channel import Failed, Finished, Message, read_messages
 from cenacle.enclave.host_accelerators import HostAccelerators
 from cenacle.enclave.relay import Relay
@@ -33,7 +34,7 @@ class ProcessWatch:
         command: number of the channel's descriptor -> command line.
         environment: the whole environment.
         config: the agent's configuration, which it finds as its standard input.
-        relay: closed when the process has ended.
+        services: what the host serves to the process; closed when it has ended.
         accelerators: whose sockets the process inherits; likewise closed.
         wrapped: whether the command reports its child's signals as exit code 128 + signal.
     """
@@ -43,12 +44,12 @@ class ProcessWatch:
         command: Callable[[int], list[str]],
         environment: Mapping[str, str],
         config: bytes,
-        relay: Relay,
+        services: Sequence[Relay | PlatformService],
         accelerators: HostAccelerators,
         *,
         wrapped: bool,
     ) -> None:
-        self._relay = relay
+        self._services = tuple(services)
         self._accelerators = accelerators
         self._wrapped = wrapped
         self._changed = threading.Condition()
@@ -131,7 +132,8 @@ class ProcessWatch:
         started: threading.Event,
     ) -> None:
         with contextlib.ExitStack() as stack:
-            stack.callback(self._relay.close)
+            for service in self._services:
+                stack.callback(service.close)
             stack.callback(self._accelerators.close)
             try:
                 reader, errors = self._start(stack, command, environment, config)
