@@ -78,6 +78,15 @@ def contract(**fields: Any) -> Change:
     return lambda s: s.contract.update(fields)
 
 
+def contracted(protection: Any) -> Change:
+    """The contract's own demand for asset a."""
+
+    def apply(s: Scenario) -> None:
+        s.ref["protection"] = protection
+
+    return apply
+
+
 def facts(**fields: Any) -> Change:
     return lambda s: setattr(
         s, "facts", UseFacts(**{"protection": "measured", "uses": 0, **fields})
@@ -120,6 +129,24 @@ VIOLATIONS = [
     pytest.param("protection", terms(protection="tee"), id="tee demanded, measured shown"),
     pytest.param("protection", without("protection"), id="protection absent: tee"),
     pytest.param("protection", facts(protection="simulated"), id="simulated shown"),
+    pytest.param(
+        "protection", terms(protection={"training": "tee"}), id="tee demanded of training"
+    ),
+    pytest.param("protection", terms(protection={}), id="by use, both absent: tee"),
+    pytest.param(
+        "protection",
+        program(terms(protection={"training": "measured", "inference": "tee"})),
+        id="a program could infer, which demands tee",
+    ),
+    pytest.param("protection", contracted("tee"), id="the contract demands tee"),
+    pytest.param(
+        "protection", contracted({"training": "tee"}), id="the contract demands tee of training"
+    ),
+    pytest.param(
+        "protection",
+        lambda s: (contracted("simulated")(s), terms(protection="tee")(s)),
+        id="a contract that demands less than the owner",
+    ),
     # programs
     pytest.param("program", program(terms(programs=[])), id="no program allowed"),
     pytest.param("program", program(without("programs")), id="programs absent: none"),
@@ -223,6 +250,11 @@ def test_every_field_of_the_terms_is_violated_above() -> None:
         pytest.param(
             lambda s: (terms(protection="tee")(s), facts(protection="tee")(s)), id="tee shown"
         ),
+        pytest.param(
+            terms(protection={"training": "measured", "inference": "tee"}),
+            id="measured is enough for training",
+        ),
+        pytest.param(contracted("measured"), id="the contract demands no more than is shown"),
         pytest.param(terms(offload=["permuted", "enclave"]), id="one scheme of several"),
         pytest.param(without("offload"), id="offload absent: enclave"),
         pytest.param(terms(recipients=["hospital-b", "clinic"]), id="one recipient of several"),

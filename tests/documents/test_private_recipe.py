@@ -6,9 +6,15 @@ import copy
 from typing import Any
 
 import pytest
+from pydantic import TypeAdapter
 
+from cenacle.documents.offload import OffloadPlan
 from cenacle.documents.privacy import PrivacyPlan
-from cenacle.documents.private_recipe import check_private_recipe, privacy_events
+from cenacle.documents.private_recipe import (
+    check_private_offload,
+    check_private_recipe,
+    privacy_events,
+)
 from cenacle.documents.recipe import Recipe
 
 Fields = dict[str, Any]
@@ -109,3 +115,41 @@ def test_what_the_whole_job_costs() -> None:
     # Each record trains the pooled model and its party's, and measures those of both parties.
     training, counting = privacy_events(_plan(metrics_noise=3.0), _recipe(compare_alone=True))
     assert (training.steps, counting.steps) == (12, 3)
+
+
+@pytest.mark.parametrize(
+    ("offload", "problem"),
+    [
+        ({"scheme": "enclave"}, None),
+        ({"scheme": "measured"}, None),
+        ({"scheme": "permuted"}, None),
+        ({"scheme": "permuted", "options": {"coefficients": "general"}}, None),
+        ({"scheme": "permuted", "allow_public_base": True}, None),
+        ({"scheme": "lowrank"}, None),
+        ({"scheme": "permuted", "check": False}, "set check: true"),
+        ({"scheme": "lowrank", "check": False}, "set check: true"),
+        ({"scheme": "permuted", "resident": True}, "leave resident out"),
+        (
+            {
+                "scheme": "lowrank",
+                "options": {"noise": {"epsilon": 1.0, "delta": 1e-5, "clip": 1.0}},
+            },
+            "leave options.noise out",
+        ),
+        ({"scheme": "masked"}, "use permuted or lowrank"),
+        (
+            {"scheme": "masked-training", "accelerators": {"count": 2}},
+            "use permuted or lowrank",
+        ),
+    ],
+)
+def test_under_which_offload_plans_a_privacy_plan_can_be_kept(
+    offload: Fields, problem: str | None
+) -> None:
+    plan: Any = TypeAdapter(OffloadPlan).validate_python(offload)
+    if problem is None:
+        check_private_offload(plan)
+        return
+    with pytest.raises(ValueError, match=problem) as caught:
+        check_private_offload(plan)
+    assert f"under offload {plan.scheme}" in str(caught.value)

@@ -10,6 +10,7 @@ import typer
 from cenacle.cli.home import write_file
 from cenacle.cli.options import OutOption
 from cenacle.cli.output import JsonOption, errors_in_words, finish, line
+from cenacle.documents.protection import Protection, ProtectionByUse
 from cenacle.documents.terms import PrivacyBudget, Terms
 
 __all__ = ["TEMPLATE", "app", "in_words"]
@@ -23,7 +24,8 @@ app = typer.Typer(
 TEMPLATE = """\
 # What may be done with an asset. A field left out means the safe default; [] means none.
 kind: terms
-protection: tee          # tee | measured | simulated: the weakest that is acceptable
+protection: tee          # tee | measured | simulated: the weakest that is acceptable; or for each
+                         # use, e.g. {training: measured, inference: tee}
 recipes: []              # model types (logistic, mlp, cnn, graph) or digests of whole recipes
 programs: []             # digests of programs that may run (sha256:...)
 offload: [enclave]       # schemes under which algebra may leave the enclave for accelerators that
@@ -69,6 +71,22 @@ def check(
         )
 
 
+_PLACES = {
+    "tee": "inside trusted hardware that keeps the machine's owner out",
+    "measured": "on a machine whose software was measured; its owner could still read memory",
+    "simulated": "in a SIMULATED enclave, which protects from nobody with root",
+}
+
+
+def _protection_in_words(demand: Protection | ProtectionByUse) -> str:
+    if not isinstance(demand, ProtectionByUse):
+        return f"Plaintext may exist {_PLACES[demand]}, or anything stronger."
+    return (
+        f"Plaintext may exist, for training, {_PLACES[demand.training]}; for inference, "
+        f"{_PLACES[demand.inference]}; or in anything stronger."
+    )
+
+
 def in_words(terms: Terms, owner: str = "the owner") -> list[str]:
     """One sentence a clause, for someone who must decide."""
 
@@ -77,13 +95,8 @@ def in_words(terms: Terms, owner: str = "the owner") -> list[str]:
 
     budget = terms.privacy
     recipients = (owner,) if terms.recipients is None else terms.recipients
-    protection = {
-        "tee": "inside trusted hardware that keeps the machine's owner out",
-        "measured": "on a machine whose software was measured; its owner could still read memory",
-        "simulated": "in a SIMULATED enclave, which protects from nobody with root",
-    }[terms.protection]
     return [
-        f"Plaintext may exist {protection}, or anything stronger.",
+        _protection_in_words(terms.protection),
         f"Recipes that may run: {some(terms.recipes)}. Programs: {some(terms.programs)}.",
         f"Offload schemes: {some(terms.offload)}.",
         "Outputs need no differential privacy: they may reveal single records."

@@ -24,6 +24,8 @@ from cenacle.documents.protection import (
     ENCLAVE_KINDS,
     Measured,
     Protection,
+    ProtectionByUse,
+    Use,
     at_least,
     protection_of,
 )
@@ -56,10 +58,15 @@ EntryPoint = Annotated[
 
 
 class AssetRef(Frozen):
-    """An asset by the digest of its manifest, and whose it is."""
+    """An asset by the digest of its manifest, and whose it is.
+
+    Attributes:
+        protection: what this job demands for the asset, where that is more than its owner does.
+    """
 
     digest: Digest
     owner: Name
+    protection: Protection | ProtectionByUse | None = None
 
 
 class RecipeJob(Frozen):
@@ -304,6 +311,11 @@ class Contract(Document):
             and isinstance(self.job, RecipeJob)
             and alias in self.job.recipe.data.assets
         )
+
+    @property
+    def use(self) -> Use:
+        """What the job does with its assets: a recipe trains; of a program nobody knows."""
+        return "training" if isinstance(self.job, RecipeJob) else "any"
 
     @property
     def _starts_from_weights(self) -> bool:

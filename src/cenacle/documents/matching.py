@@ -14,9 +14,15 @@ from datetime import datetime
 from cenacle.documents.asset import Asset
 from cenacle.documents.base import minutes, parse_time, short
 from cenacle.documents.clauses import Clause, check
-from cenacle.documents.contract import Contract, RecipeJob
+from cenacle.documents.contract import AssetRef, Contract, RecipeJob
 from cenacle.documents.privacy import PrivacyLoss
-from cenacle.documents.protection import Protection, at_least
+from cenacle.documents.protection import (
+    Protection,
+    ProtectionByUse,
+    at_least,
+    demanded_for,
+    strongest,
+)
 from cenacle.documents.terms import PrivacyBudget
 
 __all__ = ["UseFacts", "match_terms"]
@@ -73,7 +79,7 @@ def match_terms(
             "seal the asset again for this broker",
         ),
         _approval(asset, signed, subject),
-        _protection(asset, contract, facts, subject),
+        _protection(asset, contract.assets.get(alias), contract, facts, subject),
         _job(alias, assets, contract, subject),
         clause(
             "offload",
@@ -146,8 +152,14 @@ def _approval(asset: Asset, signed: frozenset[str], subject: str) -> Clause:
     )
 
 
-def _protection(asset: Asset, contract: Contract, facts: UseFacts | None, subject: str) -> Clause:
-    demanded = asset.terms.protection
+def _protection(
+    asset: Asset, ref: AssetRef | None, contract: Contract, facts: UseFacts | None, subject: str
+) -> Clause:
+    # A contract may demand more for an asset than its owner does, never less.
+    more = None if ref is None else ref.protection
+    demands = [asset.terms.protection] + ([] if more is None else [more])
+    demanded = strongest(*(demanded_for(demand, contract.use) for demand in demands))
+    by_use = any(isinstance(demand, ProtectionByUse) for demand in demands)
     shown = contract.enclave.weakest if facts is None else facts.protection
     met = at_least(shown, demanded)
     clause = check(
@@ -155,7 +167,7 @@ def _protection(asset: Asset, contract: Contract, facts: UseFacts | None, subjec
         "protection",
         met,
         f"{shown}" + (" accepted by the contract" if facts is None else " proved by evidence"),
-        f"{demanded} or stronger",
+        f"{demanded} or stronger" + (f" for {contract.use}" if by_use else ""),
         "run on stronger hardware, or ask the owner to accept less",
     )
     if facts is None and met:

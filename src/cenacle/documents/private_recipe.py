@@ -8,10 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from cenacle.documents.offload import (
+    EnclavePlan,
+    LowRankPlan,
+    MeasuredPlan,
+    OffloadPlan,
+    PermutedPlan,
+)
 from cenacle.documents.privacy import PrivacyEvent, PrivacyPlan
 from cenacle.documents.recipe import CnnModel, GraphModel, Recipe
 
-__all__ = ["check_private_recipe", "privacy_events"]
+__all__ = ["check_private_offload", "check_private_recipe", "privacy_events"]
 
 
 def check_private_recipe(plan: PrivacyPlan, recipe: Recipe, *, metrics: bool) -> None:
@@ -22,6 +29,38 @@ def check_private_recipe(plan: PrivacyPlan, recipe: Recipe, *, metrics: bool) ->
     """
     for problem in _problems(plan, recipe, metrics):
         raise ValueError(f"the privacy plan forbids it: {problem}")
+
+
+def check_private_offload(plan: OffloadPlan) -> None:
+    """Raises ValueError if a privacy plan cannot be kept under an offload plan, with the remedy.
+
+    Records are clipped by norms that the enclave takes, and noise is added inside; so sums of
+    gradients have to come back, and to be what they should be.
+    """
+    if isinstance(plan, EnclavePlan | MeasuredPlan):
+        return
+    problem = None
+    if not isinstance(plan, PermutedPlan | LowRankPlan):
+        problem = (
+            "its fixed point is scaled by the largest numbers of a batch, so that one record "
+            "changes what is computed of others; use permuted or lowrank"
+            if plan.scheme == "masked-training"
+            else "it is for inference, but a recipe trains; use permuted or lowrank"
+        )
+    elif not plan.check:
+        problem = (
+            "an accelerator that lies could move a sum by more than the clipping norm, and the "
+            "noise would not cover it; set check: true"
+        )
+    elif isinstance(plan, PermutedPlan) and plan.resident:
+        problem = "weights that accelerators train get no noise; leave resident out"
+    elif isinstance(plan, LowRankPlan) and plan.options.noise is not None:
+        problem = (
+            "the noise on residuals is part of the sums of gradients, so clipping does not bound "
+            "them; leave options.noise out"
+        )
+    if problem is not None:
+        raise ValueError(f"a privacy plan cannot be kept under offload {plan.scheme}: {problem}")
 
 
 def _problems(plan: PrivacyPlan, recipe: Recipe, metrics: bool) -> Iterator[str]:

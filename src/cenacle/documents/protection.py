@@ -10,6 +10,7 @@ from typing import Annotated, Final, Literal
 
 from pydantic import StringConstraints
 
+from cenacle.documents.base import Frozen
 from cenacle.errors import DocumentError
 
 __all__ = [
@@ -18,8 +19,12 @@ __all__ = [
     "EVIDENCE_KINDS",
     "Measured",
     "Protection",
+    "ProtectionByUse",
+    "Use",
     "at_least",
+    "demanded_for",
     "protection_of",
+    "strongest",
 ]
 
 Measured = Annotated[
@@ -32,6 +37,20 @@ Measured = Annotated[
 """What a register or a software measurement holds: a digest, or raw bytes as ``hex:``."""
 
 Protection = Literal["simulated", "measured", "tee"]
+
+Use = Literal["training", "inference", "any"]
+"""What a job does with an asset; ``any`` where that cannot be known beforehand."""
+
+
+class ProtectionByUse(Frozen):
+    """Another protection for each use: Perun's trade-off between speed and protection.
+
+    What is left out is ``tee``.
+    """
+
+    training: Protection = "tee"
+    inference: Protection = "tee"
+
 
 _ORDER: Final[dict[str, int]] = {"simulated": 0, "measured": 1, "tee": 2}
 
@@ -63,6 +82,23 @@ def protection_of(kind: str) -> Protection:
         raise DocumentError(
             "an evidence kind is unknown", found=repr(kind), expected=", ".join(EVIDENCE_KINDS)
         ) from None
+
+
+def strongest(*levels: Protection) -> Protection:
+    """The strongest of several protections."""
+    return max(levels, key=_ORDER.__getitem__)
+
+
+def demanded_for(demand: Protection | ProtectionByUse, use: Use) -> Protection:
+    """What is demanded of this use; of a use that is not known, the strongest of all."""
+    if not isinstance(demand, ProtectionByUse):
+        return demand
+    match use:
+        case "training":
+            return demand.training
+        case "inference":
+            return demand.inference
+    return strongest(demand.training, demand.inference)
 
 
 def at_least(found: Protection, demanded: Protection) -> bool:

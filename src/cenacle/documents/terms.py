@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field, StringConstraints
 
 from cenacle.documents.base import Digest, Document, Frozen, Natural, NonEmpty, Timestamp
-from cenacle.documents.protection import Protection
+from cenacle.documents.protection import Protection, ProtectionByUse
 
 __all__ = ["OutputKind", "PartyPattern", "Price", "PrivacyBudget", "Terms"]
 
@@ -50,7 +50,8 @@ class Terms(Document):
     """What the owner demands.
 
     Attributes:
-        protection: the weakest protection under which plaintext may exist. Default ``tee``.
+        protection: the weakest protection under which plaintext may exist, for every use or
+            each of training and inference. Default ``tee``.
         programs: package digests that may run on the asset. Default none.
         recipes: model types (``logistic``, ``mlp``, ...) or recipe digests. Default none.
         offload: schemes under which algebra may leave the enclave. Default ``enclave``: it
@@ -71,7 +72,7 @@ class Terms(Document):
 
     kind: Literal["terms"] = "terms"
     version: Literal[1] = 1
-    protection: Protection = "tee"
+    protection: Protection | ProtectionByUse = "tee"
     programs: tuple[Digest, ...] = ()
     recipes: tuple[RecipeName, ...] = ()
     offload: tuple[Scheme, ...] = ("enclave",)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from cenacle.broker.client import BrokerClient
+from cenacle.broker.entries import ReleaseEntry
 from cenacle.broker.messages import ContractView, SettledOutput, Settlement
 from cenacle.broker.receipts import OpenedContract
 from cenacle.documents.base import (
@@ -19,10 +20,10 @@ from cenacle.documents.base import (
     canonical_json,
     format_time,
     parse_json,
+    unb64,
 )
 from cenacle.documents.dsse import Envelope
 from cenacle.documents.privacy import NOT_PRIVATE, PrivacyEvent, PrivacyRecord
-from cenacle.documents.protection import protection_of
 from cenacle.documents.receipt import (
     Binding,
     InputRecord,
@@ -100,7 +101,8 @@ def write_draft(
         broker=session.client.identity.digest,
         evidence_kind=session.evidence.kind,
         evidence=session.evidence.digest,
-        protection=protection_of(session.evidence.kind),
+        # What the broker made of the evidence: a TPM in software is of kind tpm, and simulated.
+        protection=ReleaseEntry.from_canonical(unb64(release.log.entry)).protection,
         measurements=dict(session.measurements),
         layers=layers,
         inputs={
