@@ -20,6 +20,9 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import cenacle
+from cenacle.attestation.tpm_credential import AttestationKeyAnswer, AttestationKeyRequest
+from cenacle.broker.attestation import AttestationRequest
+from cenacle.broker.attestation_keys import AttestationKeys
 from cenacle.broker.losses import UnaccountedError
 from cenacle.broker.messages import (
     AssetUpload,
@@ -30,7 +33,7 @@ from cenacle.broker.messages import (
 from cenacle.broker.release import ReleaseDesk
 from cenacle.broker.service import Broker
 from cenacle.broker.together import Together
-from cenacle.documents.base import MAX_DOCUMENT_BYTES, b64, parse_json
+from cenacle.documents.base import MAX_DOCUMENT_BYTES, b64, parse_json, unb64
 from cenacle.documents.dsse import Envelope
 from cenacle.errors import (
     CenacleError,
@@ -210,6 +213,7 @@ def create_app(broker: Broker) -> ASGIApp:
     releases = route(_RELEASES, "POST", release)
     _party_routes(broker, get, post)
     _enclave_routes(desk, get, post)
+    _attestation_routes(broker, post)
     _log_routes(broker, get)
     return _Front(app, nonces, releases)
 
@@ -277,6 +281,26 @@ def _enclave_routes(desk: ReleaseDesk, get: _Add, post: _Add) -> None:
     post("/v1/checkpoints", checkpoint)
     post("/v1/settlements", lambda body: desk.settle(Envelope.from_fields(body)).to_fields())
     post("/v1/abandonments", abandon)
+
+
+def _attestation_routes(broker: Broker, post: _Add) -> None:
+    keys = AttestationKeys(broker)
+
+    def challenge(body: Any) -> dict[str, Any]:
+        request = AttestationKeyRequest.from_fields(body)
+        return keys.challenge_attestation_key(request).to_fields()
+
+    def activate(body: Any) -> dict[str, Any]:
+        answer = AttestationKeyAnswer.from_fields(body)
+        return keys.certify_attestation_key(answer).to_fields()
+
+    def attest(body: Any) -> dict[str, Any]:
+        request = AttestationRequest.from_fields(body)
+        return broker.attest(unb64(request.nonce)).to_fields()
+
+    post("/v1/attestation", attest)
+    post("/v1/attestation/keys", challenge)
+    post("/v1/attestation/keys/activate", activate)
 
 
 def _number(text: str, what: str) -> int:

@@ -14,6 +14,14 @@ from urllib.parse import quote
 
 import httpx
 
+from cenacle.attestation.claims import Claims, Evidence
+from cenacle.attestation.registry import VerifierSet
+from cenacle.attestation.tpm_credential import (
+    AttestationKeyAnswer,
+    AttestationKeyChallenge,
+    AttestationKeyRequest,
+)
+from cenacle.broker.attestation import NONCE_BYTES, AttestationRequest, verify_broker
 from cenacle.broker.identity import BrokerIdentity
 from cenacle.broker.log import TreeHead, parse_and_verify_head, verify_consistency
 from cenacle.broker.messages import (
@@ -36,7 +44,7 @@ from cenacle.broker.tls import client_context
 from cenacle.crypto import SecretBytes, SigningKey
 from cenacle.documents.asset import Asset
 from cenacle.documents.base import b64, format_time, unb64
-from cenacle.documents.contract import Contract, Veto
+from cenacle.documents.contract import Contract, EnclaveRequirements, Veto
 from cenacle.documents.dsse import Envelope
 from cenacle.documents.party import Party
 from cenacle.documents.receipt import LogInclusion
@@ -123,6 +131,25 @@ class BrokerClient:
                 expected=self.identity.digest,
                 remedy="do not use it; ask its operator what happened",
             )
+
+    def require_attested(
+        self, reference: EnclaveRequirements, verifiers: VerifierSet, now: datetime | None = None
+    ) -> Claims:
+        """Have the broker prove what it runs, on this very TLS session, before it gets a secret.
+
+        Raises:
+            EvidenceError: naming everything that is not as the reference values demand.
+            UnavailableError: it does not attest.
+        """
+        nonce = secrets.token_bytes(NONCE_BYTES)
+        evidence = self.evidence(nonce)
+        moment = now or datetime.now(UTC)
+        return verify_broker(evidence, nonce, self.identity, reference, verifiers, moment)
+
+    def evidence(self, nonce: bytes) -> Evidence:
+        """The broker's evidence for a nonce of 32 bytes; not verified."""
+        sent = AttestationRequest(nonce=b64(nonce))
+        return Evidence.from_fields(self._post(sent.to_fields(), "attestation"))
 
     # ------------------------------------------------------------------ parties
 
@@ -233,6 +260,18 @@ class BrokerClient:
 
     def abandon(self, run: str, key: SigningKey, party: str) -> None:
         self._post(self._request(key, party, "abandon", run), "abandonments")
+
+    def challenge_attestation_key(self, request: AttestationKeyRequest) -> AttestationKeyChallenge:
+        """A challenge for a TPM; see :mod:`cenacle.attestation.tpm_credential`."""
+        answer = self._post(request.to_fields(), "attestation", "keys")
+        return AttestationKeyChallenge.from_fields(answer)
+
+    def certify_attestation_key(self, answer: AttestationKeyAnswer) -> Envelope:
+        """The certificate of an attestation key; checked to be this broker's."""
+        fields = self._post(answer.to_fields(), "attestation", "keys", "activate")
+        envelope = Envelope.from_fields(fields)
+        envelope.verify_signature(self.identity.verify_key)
+        return envelope
 
     # ------------------------------------------------------------------ the log
 

@@ -34,9 +34,19 @@ from cenacle.documents.base import (
 from cenacle.errors import DocumentError, InputError, VerificationError
 from cenacle.sealing.disk import AtomicFile, disk_errors, pread_into, pwrite_all
 
-__all__ = ["BrokerIdentity", "BrokerKeys", "check_private_file", "private_folder"]
+__all__ = [
+    "KEY_FILE",
+    "SEALED_FILE",
+    "BrokerIdentity",
+    "BrokerKeys",
+    "check_private_file",
+    "private_folder",
+    "read_private",
+    "write_private",
+]
 
 KEY_FILE: Final = "broker.key"
+SEALED_FILE: Final = "broker.sealed"
 _FORMAT: Final = "cenacle-broker-key-v1"
 _MAX_FILE: Final = 64 * 1024
 _PARTIAL: Final = re.compile(r"\.cenacle-[0-9a-f]+\.partial")
@@ -150,14 +160,14 @@ class BrokerKeys:
         keys = cls(origin, SigningKey.generate(), HpkePrivateKey.generate())
         with private_folder(folder):
             path = folder / KEY_FILE
-            if os.path.lexists(path):
+            if os.path.lexists(path) or os.path.lexists(folder / SEALED_FILE):
                 raise InputError(
                     "a broker's folder has keys already",
-                    found=str(path),
+                    found=str(folder),
                     expected="a folder without keys",
                     remedy="start the broker with that folder, or choose another",
                 )
-            keys._write(path)
+            write_private(path, keys.to_file())
         return keys
 
     @classmethod
@@ -168,6 +178,13 @@ class BrokerKeys:
             InputError: they are missing, damaged, or readable by others.
         """
         path = folder / KEY_FILE
+        if os.path.lexists(folder / SEALED_FILE):
+            raise InputError(
+                "a broker's keys are sealed to its machine's TPM",
+                found=str(folder / SEALED_FILE),
+                expected=f"{path}",
+                remedy="open them with open_keys, which asks the TPM",
+            )
         if not os.path.lexists(folder) or not os.path.lexists(path):
             raise InputError(
                 "a broker's folder has no keys",
@@ -176,7 +193,7 @@ class BrokerKeys:
                 remedy="restore it from a backup; new keys could not open what parties handed in",
             )
         with private_folder(folder):
-            return cls._parse(_read_private(path), path)
+            return cls.from_file(read_private(path), path)
 
     @classmethod
     def open(cls, folder: Path, origin: str) -> Self:
@@ -208,7 +225,8 @@ class BrokerKeys:
         )
         return self.identity
 
-    def _write(self, path: Path) -> None:
+    def to_file(self) -> bytes:
+        """The content of the key file: secret, in the clear."""
         with self.signing_key.seed().view() as signing, self.hpke_key.seed().view() as hpke:
             fields = {
                 "format": _FORMAT,
@@ -217,14 +235,11 @@ class BrokerKeys:
                 "hpke_seed": b64(bytes(hpke)),
             }
         # Not every bit of an ML-KEM seed shows in its public key, so damage is sought here.
-        data = canonical_json({**fields, "checksum": sha256_digest(canonical_json(fields))})
-        with AtomicFile(path, 0o600) as file, disk_errors(f"write {path}"):
-            os.fchmod(file.fd, 0o600)
-            pwrite_all(file.fd, data, 0)
-            file.commit()
+        return canonical_json({**fields, "checksum": sha256_digest(canonical_json(fields))})
 
     @classmethod
-    def _parse(cls, data: bytes, path: Path) -> Self:
+    def from_file(cls, data: bytes, path: Path) -> Self:
+        """The inverse of :meth:`to_file`; ``path`` is what errors name."""
         try:
             fields: Any = parse_json(data)
             checksum = fields.pop("checksum")
@@ -283,6 +298,14 @@ def check_private_file(path: Path) -> None:
         os.close(fd)
 
 
+def write_private(path: Path, data: bytes) -> None:
+    """A file with mode 0600, whole or not at all; replaces one that is there."""
+    with AtomicFile(path, 0o600) as file, disk_errors(f"write {path}"):
+        os.fchmod(file.fd, 0o600)
+        pwrite_all(file.fd, data, 0)
+        file.commit()
+
+
 def _check_private(status: os.stat_result, path: Path, mode: int) -> None:
     if mode == 0o600 and not stat.S_ISREG(status.st_mode):
         raise InputError("a secret is not an ordinary file", found=str(path))
@@ -295,7 +318,12 @@ def _check_private(status: os.stat_result, path: Path, mode: int) -> None:
         )
 
 
-def _read_private(path: Path) -> bytes:
+def read_private(path: Path) -> bytes:
+    """A small file that only this user can read.
+
+    Raises:
+        InputError: it is missing, others can read it, or it is no ordinary file.
+    """
     with disk_errors(f"read {path}"):
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:

@@ -12,7 +12,9 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Final, TypeVar
 
+from cenacle.attestation.claims import Evidence
 from cenacle.attestation.registry import VerifierSet
+from cenacle.broker.attestation import SelfAttestation
 from cenacle.broker.entries import LogRecord, PartyEntry
 from cenacle.broker.identity import BrokerIdentity, BrokerKeys
 from cenacle.broker.log import TransparencyLog
@@ -25,7 +27,13 @@ from cenacle.crypto import derive_key
 from cenacle.documents.base import canonical_json, format_time, parse_time
 from cenacle.documents.dsse import Envelope
 from cenacle.documents.party import Party
-from cenacle.errors import ConflictError, EvidenceError, RefusedError, SignatureError
+from cenacle.errors import (
+    ConflictError,
+    EvidenceError,
+    RefusedError,
+    SignatureError,
+    UnavailableError,
+)
 
 __all__ = ["Membership", "now"]
 
@@ -64,11 +72,27 @@ class Membership:
         self.losses: Final = Losses()
         self.nonces = NonceKey(derive_key(keys.signing_key.seed(), "broker/nonce"))
         self.digest: Final = keys.identity.digest  # of the keys, so no address changes it
+        self.attestation: SelfAttestation | None = None
 
     @property
     def identity(self) -> BrokerIdentity:
         """The public half of the keys, with the address once it is served."""
         return self.keys.identity
+
+    def attest(self, nonce: bytes) -> Evidence:
+        """Evidence of this broker, for a party's nonce.
+
+        Raises:
+            UnavailableError: the broker has no attester, or its hardware does not answer.
+        """
+        if self.attestation is None:
+            raise UnavailableError(
+                "this broker does not attest",
+                found="no evidence kind",
+                expected="a broker started with --evidence",
+                remedy="ask its operator, or use a broker that you run yourself",
+            )
+        return self.attestation.evidence(nonce, self.identity, self.clock())
 
     # ------------------------------------------------------------------ helpers
 

@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from cenacle.attestation.claims import Claims, compare
-from cenacle.attestation.policies import judge
+from cenacle.attestation.claims import Claims
+from cenacle.attestation.policies import appraise
 from cenacle.documents.approval import approves, describe_rule
 from cenacle.documents.asset import Asset
 from cenacle.documents.base import minutes, parse_time, short
@@ -268,8 +268,11 @@ def _evidence(facts: Facts) -> list[Clause]:
             kinds,
             "run on the hardware that the contract names",
         ),
-        *compare(claims, {**listed, "program": (program,)}),
-        *judge(claims, contract.enclave.policy_for(claims.kind)),
+        *appraise(
+            claims,
+            {**listed, "program": (program,)},
+            contract.enclave.policy_for(claims.kind),
+        ),
         check(
             "contract",
             "layers",
