@@ -27,7 +27,9 @@ from cenacle.attestation import (
     report_data,
 )
 from cenacle.attestation.registry import MAX_AGE
+from cenacle.attestation.verifiers import hardware_verifiers
 from cenacle.crypto import SigningKey
+from cenacle.documents.protection import EVIDENCE_KINDS
 from cenacle.errors import CenacleError, EvidenceError
 
 Attested = Any  # of conftest, which tests cannot import
@@ -252,7 +254,11 @@ def test_the_package_ships_no_verifier_but_the_known_ones() -> None:
         if "migrations" not in module.name and not module.name.endswith("__main__"):
             importlib.import_module(module.name)
     shipped = {kind for kind in _subclasses(Verifier) if kind.__module__.startswith("cenacle.")}
-    assert shipped == {SimulatedVerifier}
+    by_kind = {made.kind: made for made in (type(verifier) for verifier in hardware_verifiers())}
+    assert set(by_kind) == set(EVIDENCE_KINDS) - {"simulated"}
+    # The base of devices' verifiers, and what a monitor of IMA lists goes on with.
+    helpers = {"AcceleratorVerifier", "_Step"}
+    assert {k.__name__ for k in shipped - {SimulatedVerifier, *by_kind.values()}} == helpers
 
 
 def _subclasses(kind: type[Any]) -> set[type[Any]]:

@@ -26,7 +26,7 @@ from tests.support.house import House
 
 Command = Callable[..., Any]
 
-pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("brokers")]
+pytestmark = pytest.mark.processes
 
 
 class Started:
@@ -75,7 +75,8 @@ def test_the_first_start_gives_one_owner_token_and_later_starts_none(
 ) -> None:
     first = start("--development")
     told = json.loads(first.line())
-    assert told["evidence"] == ["simulated"]
+    assert {"simulated", "tpm", "tdx"} < set(told["evidence"])
+    assert told["attests"] == "simulated"
     assert told["owner_token"]
     identity = tmp_path / "broker/identity.json"
     assert told["identity"] == str(identity)
@@ -134,7 +135,8 @@ def test_a_production_broker_has_no_verifier_of_simulated_evidence(
 ) -> None:
     broker = start(json_=False)
     text = "".join(broker.line() for _ in range(4))
-    assert "none: no verifier is registered" in text
+    assert "evidence" in text
+    assert "simulated" not in text
 
 
 @pytest.mark.parametrize(
@@ -307,3 +309,79 @@ def test_a_log_that_was_rewritten_or_shortened_is_found_out(
     # The head that was seen before is kept as proof.
     assert alone("broker", "pin", _identity(house)).code == 0
     assert alone("log", "--json").json["new"] == 0
+
+
+# --- what a broker proves ---------------------------------------------------------------------
+
+
+def test_a_broker_proves_what_it_runs_before_it_gets_a_key(
+    start: Callable[..., Started], alone: Command, tmp_path: Path
+) -> None:
+    told = json.loads(start("--development").line())
+    reference, identity = tmp_path / "reference.json", tmp_path / "broker/identity.json"
+    measure = ("broker", "measure", "--dir", tmp_path / "broker", "--out", reference)
+    assert alone(*measure).code == 0
+    assert alone("broker", "pin", identity).code == 0
+    unpinned = alone("broker", "attest", "--json")
+    assert unpinned.code == 0
+    assert unpinned.json["verified"] is False
+
+    assert alone("broker", "pin", identity, "--reference", reference).code == 0
+    proved = alone("broker", "attest", "--json")
+    assert proved.code == 0, proved.out
+    assert proved.json["verified"] is True
+    alone("party", "new", "owner")
+    alone("party", "register", "owner", "--token", "-", fed=told["owner_token"] + "\n")
+    (tmp_path / "terms.yaml").write_text("kind: terms\nexpires: 2036-12-31\n")
+    (tmp_path / "rows.csv").write_text("a,b\n1,2\n")
+    seal = ("seal", tmp_path / "rows.csv", "--terms", tmp_path / "terms.yaml", "--as", "owner")
+    sealed = alone(*seal, "--json")
+    assert sealed.code == 0, sealed.out
+    assert sealed.json["broker_evidence"] == "simulated"
+
+    # The broker that runs is not the one that was approved: no key leaves, no file stays.
+    wrong = json.loads(reference.read_text())
+    wrong["reference"]["simulated"]["package"] = ["sha256:" + "0" * 64]
+    reference.write_text(json.dumps(wrong))
+    assert alone("broker", "pin", identity, "--reference", reference).code == 0
+    assert alone("broker", "attest", "--json").code == 3
+    refused = alone(*seal, "--out", tmp_path / "second.sealed", "--json")
+    assert refused.code == 3
+    assert "measurement package" in refused.json["what"]
+    assert not (tmp_path / "second.sealed").exists()
+    trusting = alone(*seal, "--out", tmp_path / "third.sealed", "--unattested", "--json")
+    assert trusting.code == 0
+    assert trusting.json["broker_evidence"] is None
+
+
+# --- production ------------------------------------------------------------------------------
+
+
+def test_a_production_broker_has_no_place_for_simulated_evidence(
+    start: Callable[..., Started], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By option, folder, environment or identity file: it does not hold such a verifier."""
+    for name in ("CENACLE_DEVELOPMENT", "CENACLE_EVIDENCE", "DEVELOPMENT", "CENACLE_PRODUCTION"):
+        monkeypatch.setenv(name, "simulated")
+    broker = start()
+    told = json.loads(broker.line())
+    assert "simulated" not in told["evidence"]
+    assert told["attests"] is None
+    broker.end()
+    simulated = start("--evidence", "simulated")
+    out, _ = simulated.process.communicate(timeout=120)
+    assert simulated.process.returncode == 2
+    assert "production broker" in out
+
+
+def test_a_production_broker_does_not_start_with_a_software_tpm_s_root(
+    start: Callable[..., Started], alone: Command, tmp_path: Path, root_pem: Path
+) -> None:
+    trusted = tmp_path / "trusted"
+    kept = alone("attest", "trust", root_pem, "--kind", "software-tpm", "--dir", trusted)
+    assert kept.code == 0
+    refused = start("--trust", str(trusted))
+    out, _ = refused.process.communicate(timeout=120)
+    assert refused.process.returncode == 3
+    assert "production broker cannot hold a simulated verifier" in out
+    assert json.loads(start("--trust", str(trusted), "--development").line())["attests"]

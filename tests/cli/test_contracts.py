@@ -17,7 +17,7 @@ from tests.support.house import TERMS, House, patient_rows, recipe_job
 
 Command = Callable[..., Any]
 
-pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("contracts")]
+pytestmark = pytest.mark.processes
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,15 @@ COMMANDS = dict(_commands(ROOT))
 def test_the_verbs_of_the_program_are_these() -> None:
     assert sorted(" ".join(path) for path in COMMANDS) == sorted(
         """abandon
+attest show
+attest trust
+attest verify
+broker attest
 broker invite
+broker keys recover
+broker keys seal
+broker keys share
+broker measure
 broker pin
 broker show
 broker start
@@ -41,6 +49,9 @@ draft
 enclave layers
 enclave measure
 evaluate
+image build
+image measure
+image show
 log
 offload profile
 offload schemes
@@ -78,7 +89,7 @@ def test_every_command_answers_in_json_if_asked(path: tuple[str, ...]) -> None:
 
 def test_the_program_and_each_group_give_an_example_of_a_command() -> None:
     groups = {"": ROOT, **{n: c for n, c in ROOT.commands.items() if hasattr(c, "commands")}}
-    assert len(groups) == 7
+    assert len(groups) == 9
     for name, group in groups.items():
         example = group.epilog.splitlines()[0]
         assert example.startswith(f"Example: cenacle {name}")

@@ -14,7 +14,7 @@ from tests.support.house import TERMS, House, Sealed, recipe_job
 
 Command = Callable[..., Any]
 
-pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("json")]
+pytestmark = pytest.mark.processes
 
 ZERO = "sha256:" + "0" * 64
 
@@ -60,6 +60,8 @@ SUCCESSES = {
     "terms check": ("lab", ["terms", "check", "{terms.yaml}"], "uses"),
     "broker pin": ("lab", ["broker", "pin", "{identity.json}"], "digest"),
     "broker show": ("lab", ["broker", "show"], "url"),
+    "broker measure": ("lab", ["broker", "measure"], "reference"),
+    "attest show": ("lab", ["attest", "show"], "strongest"),
     "broker invite": ("hospital-a", ["broker", "invite", "--as", "hospital-a"], "token"),
     "enclave layers": ("lab", ["enclave", "layers"], "layers"),
     "enclave measure": ("operator", ["enclave", "measure"], "reference"),
@@ -96,6 +98,12 @@ FAILURES = {
     ),
     "broker pin": ("lab", ["broker", "pin", "{identity.json}", "--digest", ZERO], 3),
     "broker show": ("lab", ["broker", "show", "--broker", "other"], 2),
+    "broker measure": ("lab", ["broker", "measure", "--dir", "{records.csv}"], 6),
+    "broker attest": ("lab", ["broker", "attest"], 6),  # this broker does not
+    "attest verify": ("lab", ["attest", "verify", "{records.csv}"], 2),
+    "attest trust": ("lab", ["attest", "trust", "{records.csv}", "--kind", "tpm"], 2),
+    "image show": ("lab", ["image", "show", "{folder}"], 2),
+    "image measure": ("lab", ["image", "measure", "{folder}"], 2),
     "broker invite": ("lab", ["broker", "invite", "--as", "lab"], 4),
     "enclave measure": ("lab", ["enclave", "measure", "--layers", "moat"], 2),
     "offload profile": ("lab", ["offload", "profile", "{folder}"], 2),

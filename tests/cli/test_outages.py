@@ -20,7 +20,7 @@ from tests.support.processes import alive, descendants
 
 Command = Callable[..., Any]
 
-pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("outages")]
+pytestmark = pytest.mark.processes
 
 
 def _environment(home: Path) -> dict[str, str]:

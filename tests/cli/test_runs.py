@@ -18,7 +18,7 @@ from tests.support.house import House, Sealed, Trap, patient_rows, recipe_job
 
 Command = Callable[..., Any]
 
-pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("runs")]
+pytestmark = pytest.mark.processes
 
 _PROGRAMS = pytest.mark.usefixtures("program_layers")
 

@@ -11,7 +11,9 @@ import typer
 
 from cenacle.broker.receipts import OpenedContract
 from cenacle.cli.enclave import measure_here
+from cenacle.cli.evidence import CollateralOption, TctiOption, hardware_reference
 from cenacle.cli.home import Home, write_file
+from cenacle.cli.machine import EnclaveOption, ImageOption, machine_reference
 from cenacle.cli.offload import plan_in_words
 from cenacle.cli.options import AsOption, BrokerOption, ContractArgument, OutOption
 from cenacle.cli.output import (
@@ -96,6 +98,14 @@ def draft(
     layers: Annotated[
         str, typer.Option(help="Sandbox layers to demand: all that work here, or a,b,c.")
     ] = "all",
+    where: EnclaveOption = "process",
+    image: ImageOption = None,
+    evidence: Annotated[
+        str,
+        typer.Option(help="Kind of evidence of this-machine: simulated, or of its hardware."),
+    ] = "simulated",
+    tcti: TctiOption = None,
+    collateral: CollateralOption = None,
     broker: BrokerOption = "default",
     json_: JsonOption = False,
 ) -> None:
@@ -106,6 +116,11 @@ def draft(
         with home.client(broker) as client:
             parties = {name: client.party(name) for name in wanted.parties}
             identity = client.identity
+            hardware = None
+            if evidence != "simulated":
+                hardware = hardware_reference(
+                    evidence, home.folder, client, tcti=tcti, collateral=collateral
+                )
         enclave: Any = wanted.enclave
         if isinstance(enclave, str):
             if enclave != "this-machine":
@@ -116,7 +131,10 @@ def draft(
                 )
             outside = (wanted.offload or {}).get("scheme", "enclave") != "enclave"
             chosen = None if layers == "all" else layers.split(",")
-            enclave = measure_here(home, chosen, accelerators=outside)
+            if where == "vm":
+                enclave = machine_reference(image, chosen)
+            else:
+                enclave = measure_here(home, chosen, accelerators=outside, hardware=hardware)
         fields = {
             "name": wanted.name,
             "purpose": wanted.purpose,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -18,7 +18,9 @@ app = typer.Typer(
 )
 
 
-@app.command(epilog="Example: cenacle demo hospitals --json")
+@app.command(
+    epilog="Examples:\n\ncenacle demo hospitals --json\n\ncenacle demo hospitals --enclave tpm"
+)
 def hospitals(
     folder: Annotated[
         Path | None,
@@ -32,6 +34,14 @@ def hospitals(
             min=0.0, help="Epsilon that each hospital allows over all jobs; a job costs 1."
         ),
     ] = 2.0,
+    enclave: Annotated[
+        Literal["process", "tpm", "vm"],
+        typer.Option(
+            help="process: a sandboxed process with simulated evidence; tpm: the same with quotes "
+            "of a TPM, here one in software (needs Debian's swtpm); vm: in a measured virtual "
+            "machine (needs `cenacle image build --extra sandbox --extra tpm --extra train`)."
+        ),
+    ] = "process",
     json_: JsonOption = False,
 ) -> None:
     """Three hospitals train one private model in an enclave for a clinic; all get a receipt.
@@ -44,7 +54,7 @@ def hospitals(
     from cenacle.cli.demo_hospitals import play
 
     with errors_in_words(json_):
-        figures, show = play(folder, budget, quiet=json_)
+        figures, show = play(folder, budget, enclave, quiet=json_)
         finish(figures, json_, show)
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import secrets
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import yaml
 
@@ -23,6 +26,8 @@ from cenacle.cli.demo_patients import (
     share_with_clinic,
 )
 from cenacle.cli.demo_tables import Outcome, closing_tables, show_budgets, show_layers
+from cenacle.cli.machine import prepare_machine
+from cenacle.cli.software_tpm import SoftwareTpm
 from cenacle.cli.stage import Actor, BackgroundBroker, Stage, check_ended
 from cenacle.errors import InputError, RefusedError
 
@@ -98,6 +103,39 @@ def _draft(number: int) -> dict[str, Any]:
     }
 
 
+EnclaveKind = Literal["process", "tpm", "vm"]
+
+
+@dataclass(frozen=True)
+class _Ground:
+    """Where the enclave runs, and what everybody has to trust for it.
+
+    Attributes:
+        kind: of the enclave's evidence.
+        options: for `cenacle draft` and `cenacle run`.
+        trusted: what is trusted for it beside the vendors: kind of trust, name, and file.
+    """
+
+    kind: str
+    options: tuple[str, ...] = ()
+    trusted: tuple[tuple[str, str, Path], ...] = ()
+
+
+def _ground(stack: contextlib.ExitStack, root: Path, enclave: EnclaveKind) -> _Ground:
+    if enclave == "tpm":
+        tpm = stack.enter_context(SoftwareTpm(root / "tpm"))
+        options = ("--evidence", "tpm", "--tcti", tpm.tcti)
+        return _Ground("tpm", options, (("software-tpm", "tpm-maker.pem", tpm.root),))
+    if enclave == "vm":
+        image, authority = prepare_machine()
+        trusted = (
+            ("software-tpm", "tpm-maker.pem", authority),
+            ("ima", "allowed-files.jsonl", image / "allow-list.jsonl"),
+        )
+        return _Ground("ima", ("--enclave", "vm"), trusted)
+    return _Ground("simulated")
+
+
 class _Play:
     """One performance in one folder.
 
@@ -105,7 +143,7 @@ class _Play:
         number: of the job in this folder, from 1.
     """
 
-    def __init__(self, root: Path, budget: float, *, quiet: bool) -> None:
+    def __init__(self, root: Path, budget: float, ground: _Ground, *, quiet: bool) -> None:
         self.budget = budget
         self.stage = Stage(root, quiet=quiet)
         self.hospitals = [self.stage.actor(name) for name in HOSPITALS]
@@ -119,7 +157,8 @@ class _Play:
                 found=str(root),
                 remedy=f"remove it and begin anew: rm -r {root}",
             )
-        self.outcome = Outcome(number=self.number)
+        self.outcome = Outcome(number=self.number, evidence=ground.kind)
+        self.ground = ground
 
     def perform(self) -> None:
         """Raises RefusedError with the figures when the budget does not suffice any more."""
@@ -127,9 +166,13 @@ class _Play:
         patients, held = share_with_clinic(everybody)
         stage = self.stage
         stage.heading(f"Everything of this demonstration lies in {stage.folder}")
+        self.broker = stage.actor("broker")
+        if self.ground.trusted and self.number == 1:
+            self._trust()
         with BackgroundBroker(
-            stage.actor("broker"),
+            self.broker,
             *("--dir", "store", "--name", "demo/broker", "--port", "0", "--development"),
+            *(("--trust", "trusted") if self.ground.trusted else ()),
         ) as broker:
             if self.number == 1:
                 self._meet(broker.announced)
@@ -146,16 +189,37 @@ class _Play:
 
     # ------------------------------------------------------------------ scenes
 
+    def _trust(self) -> None:
+        self.stage.heading(
+            "0. The operator's TPM is one in software: everybody decides to trust its maker, which "
+            "protects from nobody with root there"
+        )
+        everyone = (*self.hospitals, self.clinic, self.operator)
+        for kind, name, source in self.ground.trusted:
+            shutil.copy(source, self.operator.folder / name)
+            trust = ("attest", "trust", f"../operator/{name}", "--kind", kind)
+            self.stage.together(
+                (self.broker, (*trust, "--dir", "trusted"), None),
+                *((actor, trust, None) for actor in everyone),
+            )
+
     def _pin(self, announced: dict[str, Any]) -> None:
         identity = "../broker/store/identity.json"
-        pin = ("broker", "pin", identity, "--digest", str(announced["digest"]))
+        reference = ("--reference", "../broker/reference.json")
+        pin = ("broker", "pin", identity, "--digest", str(announced["digest"]), *reference)
         everyone = (*self.hospitals, self.clinic, self.operator)
         self.stage.together(*((actor, pin, None) for actor in everyone))
 
     def _meet(self, announced: dict[str, Any]) -> None:
         stage, parties = self.stage, (*self.hospitals, self.clinic)
-        stage.heading("1. The parties make keys, pin the broker, and register")
-        stage.together(*((actor, ("party", "new", actor.name), None) for actor in parties))
+        stage.heading(
+            "1. The parties make keys, pin the broker and what it must prove to run, and register"
+        )
+        measure = ("broker", "measure", "--dir", "store", "--out", "reference.json")
+        stage.together(
+            (self.broker, measure, None),
+            *((actor, ("party", "new", actor.name), None) for actor in parties),
+        )
         self._pin(announced)
 
         def register(actor: Actor, token: str) -> tuple[Actor, tuple[str, ...], str]:
@@ -191,7 +255,9 @@ class _Play:
         (self.operator.folder / draft).write_text(written)
         self.outcome.layers = self.operator.ask("enclave", "layers")["layers"]
         show_layers(self.stage, self.outcome.layers)
-        digest = str(self.operator.ask("draft", draft, "--out", contract)["contract"])
+        digest = str(
+            self.operator.ask("draft", draft, "--out", contract, *self.ground.options)["contract"]
+        )
         self.clinic.run("propose", f"../operator/{contract}", "--as", self.clinic.name)
         first = self.hospitals[0]
         first.run("review", digest, "--as", first.name)
@@ -205,7 +271,9 @@ class _Play:
             "4. The operator runs it: evidence, keys, private training, all inside the enclave"
         )
         data = [part for name in HOSPITALS for part in ("--data", f"../{name}/records.csv.sealed")]
-        code = self.operator.attempt("run", digest, *data, "--out", self.results)
+        code = self.operator.attempt(
+            "run", digest, *data, "--out", self.results, *self.ground.options
+        )
         if code == RefusedError.exit_code:
             review = self.operator.ask("review", digest, shown=False)["clauses"]
             if any(c["name"] == "privacy" and c["verdict"] == "failed" for c in review):
@@ -299,7 +367,7 @@ def _alone(
 
 
 def play(
-    folder: Path | None, budget: float, *, quiet: bool
+    folder: Path | None, budget: float, enclave: EnclaveKind = "process", *, quiet: bool
 ) -> tuple[dict[str, Any], Callable[[], None]]:
     """Play one job. Returns its figures, and what prints the closing tables.
 
@@ -307,6 +375,8 @@ def play(
         folder: a new one, or one in which jobs were played: the next one is played on the same
             patients, with what is left of their budget.
         budget: the epsilon that each hospital allows over all jobs, in a new folder.
+        enclave: ``process``: simulated evidence; ``tpm``: evidence of a TPM in software;
+            ``vm``: a measured virtual machine, with the same kind of TPM.
 
     Raises:
         RefusedError: the privacy budget does not suffice; the figures were shown.
@@ -314,8 +384,9 @@ def play(
     """
     root = Path(tempfile.mkdtemp(prefix="cenacle-demo-")) if folder is None else folder.resolve()
     started = time.monotonic()
-    performance = _Play(root, budget, quiet=quiet)
-    performance.perform()
+    with contextlib.ExitStack() as stack:
+        performance = _Play(root, budget, _ground(stack, root, enclave), quiet=quiet)
+        performance.perform()
     outcome = performance.outcome
     outcome.seconds = round(time.monotonic() - started, 1)
     return outcome.figures(), lambda: closing_tables(performance.stage, outcome)

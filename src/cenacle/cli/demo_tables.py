@@ -24,6 +24,7 @@ class Outcome:
 
     Attributes:
         number: of the job in its folder.
+        evidence: kind of the enclave's evidence.
         pooled: measures of the clinic's model on the clinic's patients.
         alone: the same of each hospital's own.
         views: the hospitals' budgets afterwards.
@@ -31,6 +32,7 @@ class Outcome:
     """
 
     number: int
+    evidence: str = "simulated"
     pooled: dict[str, Any] = field(default_factory=dict)
     alone: dict[str, dict[str, Any]] = field(default_factory=dict)
     views: list[BudgetView] = field(default_factory=list)
@@ -69,7 +71,7 @@ def show_budgets(stage: Stage, names: Sequence[str], views: Sequence[BudgetView]
 def closing_tables(stage: Stage, outcome: Outcome) -> None:
     """Accuracy, protection, and the commands to go on with."""
     _accuracy(stage, outcome)
-    _protection(stage, outcome.layers)
+    _protection(stage, outcome.layers, outcome.evidence)
     stage.console.print(f"\nplayed in {outcome.seconds} s")
     _commands(stage, outcome)
 
@@ -101,7 +103,7 @@ def show_layers(stage: Stage, layers: Sequence[dict[str, Any]]) -> None:
         stage.console.print(f"  {layer['name']:12} {escape(state)}", soft_wrap=True)
 
 
-def _protection(stage: Stage, layers: Sequence[dict[str, Any]]) -> None:
+def _protection(stage: Stage, layers: Sequence[dict[str, Any]], evidence: str) -> None:
     console = stage.console
     active = [layer["name"] for layer in layers if layer["missing"] is None]
     absent = [f"{layer['name']}: {layer['missing']}" for layer in layers if layer["missing"]]
@@ -111,6 +113,7 @@ def _protection(stage: Stage, layers: Sequence[dict[str, Any]]) -> None:
     root = (
         "root on the operator's machine, and the user who starts the enclave: "
         "[bold]it is SIMULATED[/]"
+        + ("" if evidence == "simulated" else f" (its {evidence} is one in software)")
     )
     table.add_row(
         "patients' records",
@@ -137,13 +140,15 @@ def _protection(stage: Stage, layers: Sequence[dict[str, Any]]) -> None:
     console.print(table)
     for line in absent:
         console.print(f"[yellow]not used here[/]  {escape(line)}", soft_wrap=True)
+    software = "no TPM," if evidence == "simulated" else "the TPM is one in software; no"
     console.print(
-        "[yellow]not used here[/]  hardware evidence: no TPM, TDX, SEV-SNP or SGX in this job"
+        f"[yellow]not used here[/]  hardware evidence: {software} TDX, SEV-SNP or SGX in this job"
     )
 
 
 def _commands(stage: Stage, outcome: Outcome) -> None:
     out, receipt = stage.console, outcome.receipt
+    again = {"tpm": " --enclave tpm", "ima": " --enclave vm"}.get(outcome.evidence, "")
     clinic, hospital = stage.actor("clinic").folder, stage.actor(HOSPITALS[0]).folder
     for what, line in (
         (
@@ -152,7 +157,7 @@ def _commands(stage: Stage, outcome: Outcome) -> None:
             "--out model.safetensors",
         ),
         ("verify the receipt: ", f"CENACLE_HOME={hospital / 'home'} cenacle verify {receipt}"),
-        ("train once more:    ", f"cenacle demo hospitals --dir {stage.folder}"),
+        ("train once more:    ", f"cenacle demo hospitals --dir {stage.folder}{again}"),
     ):
         out.print(what, end="")
         out.print(line, soft_wrap=True, markup=False)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
+from cenacle.cli.evidence import CollateralOption, TctiOption, hardware_reference
 from cenacle.cli.home import Home
+from cenacle.cli.options import BrokerOption
 from cenacle.cli.output import JsonOption, cell, console, errors_in_words, finish, line
 
 __all__ = ["app", "measure_here"]
@@ -21,24 +23,37 @@ app = typer.Typer(
 
 
 def measure_here(
-    home: Home, layers: Sequence[str] | None, *, accelerators: bool = False
+    home: Home,
+    layers: Sequence[str] | None,
+    *,
+    accelerators: bool = False,
+    hardware: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Reference values of this machine's simulated enclave, as a contract's ``enclave`` field.
+    """Reference values of this machine's enclave, as a contract's ``enclave`` field.
 
     Measured in an enclave with the same sandbox that is started for it, but for the sockets to
-    accelerators, of which the sandbox's own digest tells.
+    accelerators and hardware, of which the sandbox's own digest tells.
+
+    Args:
+        hardware: what the machine's hardware shows (:func:`~cenacle.cli.evidence.
+            hardware_reference`); without it the enclave's evidence is simulated.
     """
     from cenacle.enclave.reference import measure_in_sandbox
     from cenacle.enclave.sandbox import plan
 
-    chosen = plan(layers, accelerators=accelerators)
-    values = {
-        **measure_in_sandbox(plan(layers)),
-        "sandbox": chosen.digest,
-        "installation": home.installation().measurement,
-    }
+    chosen = plan(layers, accelerators=accelerators, platform=hardware is not None)
+    own = {**measure_in_sandbox(plan(layers)), "sandbox": chosen.digest}
+    stated = {name: [value] for name, value in own.items()}
+    if hardware is None:
+        installation = {"installation": [home.installation().measurement]}
+        return {
+            "reference": {"simulated": {**stated, **installation}},
+            "layers": list(chosen.layers),
+        }
+    ((kind, shown),) = hardware["reference"].items()
     return {
-        "reference": {"simulated": {name: [value] for name, value in values.items()}},
+        **hardware,
+        "reference": {kind: {**shown, **stated}},
         "layers": list(chosen.layers),
     }
 
@@ -71,13 +86,30 @@ def measure(
         bool,
         typer.Option("--accelerators", help="With sockets to accelerators, for an offload plan."),
     ] = False,
+    evidence: Annotated[
+        str, typer.Option(help="Kind of evidence: simulated, or of this machine's hardware.")
+    ] = "simulated",
+    tcti: TctiOption = None,
+    collateral: CollateralOption = None,
+    broker: BrokerOption = "default",
     json_: JsonOption = False,
 ) -> None:
-    """Measure the enclave that this machine would start: reference values for a contract."""
+    """Measure the enclave that this machine would start: reference values for a contract.
+
+    A TPM shows them under a key that the broker certifies, so the broker has to
+    be there then.
+    """
     with errors_in_words(json_):
         chosen = None if layers_ == "all" else layers_.split(",")
-        fields = measure_here(Home.default(), chosen, accelerators=accelerators)
-        values = fields["reference"]["simulated"]
+        home = Home.default()
+        hardware = None
+        if evidence != "simulated":
+            with home.client(broker) as client:
+                hardware = hardware_reference(
+                    evidence, home.folder, client, tcti=tcti, collateral=collateral
+                )
+        fields = measure_here(home, chosen, accelerators=accelerators, hardware=hardware)
+        values = fields["reference"][evidence]
         # Not a table: digests are there to be compared and copied whole.
         finish(
             fields,

@@ -29,7 +29,8 @@ from cenacle.broker.client import BrokerClient
 from cenacle.broker.identity import BrokerIdentity
 from cenacle.broker.log import TreeHead, parse_and_verify_head
 from cenacle.crypto import HpkePrivateKey, SecretBytes, SigningKey
-from cenacle.documents.base import b64, format_time, parse_json
+from cenacle.documents.base import b64, canonical_json, format_time, parse_json
+from cenacle.documents.contract import EnclaveRequirements
 from cenacle.documents.dsse import Envelope
 from cenacle.documents.party import Party
 from cenacle.errors import ConflictError, InputError
@@ -207,6 +208,26 @@ class Home:
             )
         with disk_errors(f"read {path}"):
             return BrokerIdentity.from_fields(parse_json(path.read_bytes()))
+
+    def _reference_path(self, alias: str) -> Path:
+        return self.folder / "brokers" / f"{alias}.reference.json"
+
+    def pin_reference(self, reference: EnclaveRequirements, alias: str = "default") -> Path:
+        """Remember what a pinned broker must prove before it gets a key."""
+        if not _ALIAS.match(alias):
+            raise InputError("a broker's alias cannot be used", found=alias, expected="a-z 0-9 -")
+        self._private("brokers")
+        path = self._reference_path(alias)
+        write_file(path, canonical_json(reference.to_fields()))
+        return path
+
+    def broker_reference(self, alias: str = "default") -> EnclaveRequirements | None:
+        """What a pinned broker must prove; ``None`` if nothing was pinned."""
+        path = self._reference_path(alias)
+        if not _ALIAS.match(alias) or not path.is_file():
+            return None
+        with disk_errors(f"read {path}"):
+            return EnclaveRequirements.from_fields(parse_json(path.read_bytes()))
 
     @contextmanager
     def client(self, alias: str = "default") -> Iterator[BrokerClient]:

@@ -9,11 +9,14 @@ import typer
 
 import cenacle
 from cenacle.cli import (
+    attest,
     broker,
+    broker_keys,
     contract,
     demo,
     enclave,
     evaluate,
+    image,
     log,
     offload,
     party,
@@ -40,8 +43,11 @@ app = typer.Typer(
 
 app.add_typer(party.app, name="party")
 app.add_typer(terms.app, name="terms")
+broker.app.add_typer(broker_keys.app, name="keys")
 app.add_typer(broker.app, name="broker")
 app.add_typer(enclave.app, name="enclave")
+app.add_typer(attest.app, name="attest")
+app.add_typer(image.app, name="image")
 app.add_typer(offload.app, name="offload")
 app.add_typer(demo.app, name="demo")
 app.command(epilog="Example: cenacle seal records.csv --terms terms.yaml --as hospital-a")(

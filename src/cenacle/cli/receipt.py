@@ -8,13 +8,12 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from cenacle.attestation.registry import VerifierSet
-from cenacle.attestation.simulated import SimulatedVerifier
 from cenacle.broker.receipts import VerifiedReceipt, read_bundle, verify_receipt
 from cenacle.cli.home import Home
 from cenacle.cli.options import AsOption, BrokerOption
 from cenacle.cli.output import JsonOption, cell, console, errors_in_words, finish, line
 from cenacle.cli.privacy import record_in_words
+from cenacle.cli.trust import user_verifiers
 from cenacle.documents.base import unb64
 from cenacle.documents.protection import at_least
 from cenacle.documents.receipt import OffloadRecord, OutputRecord
@@ -27,8 +26,9 @@ ReceiptArgument = Annotated[Path, typer.Argument(help="The receipt file (receipt
 
 def _verified(receipt: Path, broker: str) -> VerifiedReceipt:
     bundle = read_bundle(receipt.read_bytes())
-    identity = Home.default().broker(broker)
-    verifiers = VerifierSet.of_development(SimulatedVerifier())
+    home = Home.default()
+    identity = home.broker(broker)
+    verifiers = user_verifiers(home.folder, identity.verify_key)
     return verify_receipt(bundle, broker_digest=identity.digest, verifiers=verifiers)
 
 

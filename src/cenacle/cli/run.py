@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 from urllib.parse import urlsplit
@@ -12,7 +13,9 @@ import typer
 
 from cenacle.broker.client import BrokerClient
 from cenacle.broker.receipts import OpenedContract
+from cenacle.cli.evidence import CollateralOption, TctiOption, choose_hardware
 from cenacle.cli.home import Home
+from cenacle.cli.machine import EnclaveOption, ImageOption, Machine
 from cenacle.cli.options import AsOption, BrokerOption, ContractArgument
 from cenacle.cli.output import JsonOption, errors_in_words, finish, line, progress_bar, say
 from cenacle.documents.base import short
@@ -22,7 +25,7 @@ from cenacle.documents.offload_profile import PROFILE_FILE
 from cenacle.errors import CenacleError, ConflictError, EnclaveError, InputError, RefusedError
 
 if TYPE_CHECKING:
-    from cenacle.enclave.launcher import RunningEnclave
+    from cenacle.enclave.launcher import Launcher, LaunchRequest, RunningEnclave
 
 __all__ = ["abandon", "choose_accelerators", "find_sealed", "run"]
 
@@ -131,6 +134,17 @@ def run(
             "allows), process or cuda."
         ),
     ] = "contract",
+    where: EnclaveOption = "process",
+    image: ImageOption = None,
+    evidence: Annotated[
+        str,
+        typer.Option(
+            help="Kind of evidence to make: contract (the strongest that it accepts and this "
+            "machine can make), or one of its kinds."
+        ),
+    ] = "contract",
+    tcti: TctiOption = None,
+    collateral: CollateralOption = None,
     broker: BrokerOption = "default",
     json_: JsonOption = False,
 ) -> None:
@@ -140,9 +154,7 @@ def run(
     enclave's protection keeps from them; a SIMULATED enclave keeps nothing from
     root.
     """
-    from cenacle.enclave.launcher import LaunchRequest, ProcessLauncher
     from cenacle.enclave.receipt import finish as finish_receipt
-    from cenacle.enclave.sandbox import plan
 
     with errors_in_words(json_):
         started = time.monotonic()
@@ -159,33 +171,82 @@ def run(
             demanded = opened.contract.enclave.layers
             chosen = {"contract": demanded, "all": None}.get(layers, layers.split(","))
             workers = choose_accelerators(opened.contract.offload, accelerators)
+            assets = {f"asset-{i}": files[alias] for i, alias in enumerate(opened.assets)}
             checkpoints = out / "checkpoints"
             checkpoints.mkdir(parents=True, exist_ok=True)
-            request = LaunchRequest(
-                broker=_address(client),
-                plan=plan(chosen, accelerators=bool(workers)),
+            launcher, begun = _begin(
+                opened.contract,
+                client,
+                home,
+                _Choice(where, image, chosen, workers, evidence, tcti, collateral),
+            )
+            request = replace(
+                begun,
                 config={
+                    **begun.config,
                     "contract": contract,
                     "broker": client.identity.to_fields(),
                     "resume": open_run if resume else None,
                 },
-                read_only={
-                    "installation": _installation(home),
-                    **{f"asset-{i}": files[alias] for i, alias in enumerate(opened.assets)},
-                },
+                read_only={**begun.read_only, **assets},
                 writable={"outputs": out, "checkpoints": checkpoints},
-                argv=("-m", "cenacle.enclave"),
                 threads=threads,
-                accelerators=workers,
             )
             try:
-                receipt, stages = _watch(ProcessLauncher().launch(request), out, json_)
+                receipt, stages = _watch(launcher.launch(request), out, json_)
             except KeyboardInterrupt:
                 _tell_open_run(client, contract)
                 raise
             except CenacleError as error:
                 raise _with_way_on(error, client, contract) from None
         _report(receipt, opened.contract, started, json_, stages)
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """What the operator chose of the machine that runs the job."""
+
+    where: str
+    image: Path | None
+    layers: Sequence[str] | None
+    accelerators: tuple[str, ...]
+    evidence: str
+    tcti: str | None
+    collateral: Path | None
+
+
+def _begin(
+    contract: Contract, client: BrokerClient, home: Home, choice: _Choice
+) -> tuple[Launcher, LaunchRequest]:
+    """The launcher, and what of a request depends on it."""
+    from cenacle.enclave.launcher import LaunchRequest, ProcessLauncher
+    from cenacle.enclave.sandbox import plan
+
+    accepted = tuple(contract.enclave.reference)
+    if choice.where == "vm":
+        machine = Machine(choice.image)
+        kind = accepted[0] if choice.evidence == "contract" else choice.evidence
+        request = LaunchRequest(
+            broker=_address(client),
+            plan=machine.plan(choice.layers),
+            config={"evidence": kind},
+            accelerators=choice.accelerators,
+        )
+        return machine.launcher, request
+    hardware = choose_hardware(
+        accepted, choice.evidence, client, tcti=choice.tcti, collateral=choice.collateral
+    )
+    simulated = hardware.attester is None
+    request = LaunchRequest(
+        broker=_address(client),
+        plan=plan(choice.layers, accelerators=bool(choice.accelerators), platform=not simulated),
+        config={"evidence": hardware.kind},
+        # The key that signs simulated evidence, and nothing else.
+        read_only={"installation": _installation(home)} if simulated else {},
+        accelerators=choice.accelerators,
+        platform=hardware.attester,
+    )
+    return ProcessLauncher(), request
 
 
 def _is_finished(out: Path, contract: str, resume: bool) -> bool:

@@ -13,7 +13,8 @@ import typer
 from cenacle.broker.client import BrokerClient
 from cenacle.cli.home import Home, PartyKeys, write_file
 from cenacle.cli.options import AsOption, BrokerOption, OutOption
-from cenacle.cli.output import JsonOption, errors_in_words, finish, line, progress_bar
+from cenacle.cli.output import JsonOption, errors_in_words, finish, line, progress_bar, say
+from cenacle.cli.trust import user_verifiers
 from cenacle.crypto import SecretBytes
 from cenacle.documents.asset import Asset
 from cenacle.documents.base import format_time
@@ -150,18 +151,29 @@ def seal(
             "number of rows, and only programs can use it.",
         ),
     ] = False,
+    unattested: Annotated[
+        bool,
+        typer.Option(
+            "--unattested",
+            help="Hand the key over although the broker does not prove what it runs.",
+        ),
+    ] = False,
     broker: BrokerOption = "default",
     json_: JsonOption = False,
 ) -> None:
     """Seal an asset under a fresh key, sign its manifest, and hand the key to the broker.
 
     The key goes to the pinned broker only, wrapped and bound to this manifest and its terms.
+    If reference values were pinned with the broker, it must prove first that it
+    runs what they say.
     """
     with errors_in_words(json_):
         stated = Terms.from_yaml(terms.read_bytes())
         target = out or source.with_name(source.name + ".sealed")
-        with Home.default().client_as(as_, broker) as (keys, client):
+        home = Home.default()
+        with home.client_as(as_, broker) as (keys, client):
             client.check_identity()
+            attested = _require_attested(home, client, broker, unattested=unattested, quiet=json_)
             with progress_bar(f"sealing {source.name}", not json_) as bar:
                 sealed = seal_asset(
                     keys,
@@ -184,6 +196,7 @@ def seal(
             "content": info.kind,
             "package": asset.package,
             "bytes": info.size,
+            "broker_evidence": attested,
         }
         finish(
             fields,
@@ -199,6 +212,20 @@ def seal(
                 + f"its key is with {client.identity.origin} alone, bound to your terms"
             ),
         )
+
+
+def _require_attested(
+    home: Home, client: BrokerClient, alias: str, *, unattested: bool, quiet: bool
+) -> str | None:
+    """The kind of evidence that the broker showed; ``None`` if nothing was demanded of it."""
+    reference = home.broker_reference(alias)
+    if unattested or reference is None:
+        if not quiet:
+            why = "--unattested" if unattested else "no reference values are pinned with it"
+            say(f"the broker was not asked what it runs: {why}; see `cenacle broker pin --help`")
+        return None
+    verifiers = user_verifiers(home.folder, client.identity.verify_key)
+    return client.require_attested(reference, verifiers).kind
 
 
 def _as_name(source: Path) -> str:
