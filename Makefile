@@ -22,7 +22,8 @@ demo: install
 	$(BIN)/cenacle demo hospitals --dir demo-work
 
 test: install
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -m "not slow" \
+		-n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow

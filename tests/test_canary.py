@@ -29,7 +29,7 @@ from typer.testing import CliRunner
 from cenacle.cli.main import app
 from tests.support.house import TERMS, patient_rows, recipe_job
 
-pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("canary")]
+pytestmark = pytest.mark.processes
 
 NUMBER = 271828.1828459
 TEXT = "Zebra-Quagga-7741"

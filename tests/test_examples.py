@@ -12,7 +12,7 @@ import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
-pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("examples")]
+pytestmark = pytest.mark.processes
 
 
 def _run(script: str, folder: Path) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,8 @@ from cenacle.offload.matrix_passes import (
 )
 from cenacle.offload.schemes import permuted_moves
 from cenacle.offload.tolerance import Tolerance
+from tests.support import liars
+from tests.support.liars import Lie, Lying, gradients
 
 pytest.importorskip("numba")
 
@@ -295,34 +297,8 @@ def test_compiled_tolerances_are_those_of_torch(
 # ---------------------------------------------------------------------- in a session
 
 
-class Lying(InlineAccelerator):
-    """Changes one kind of result, once it was asked so often."""
-
-    def __init__(self, name: str, operation: Operation, lie: Callable[..., object]) -> None:
-        super().__init__(name)
-        self._operation, self._lie = operation, lie
-        self.after = 10**9
-
-    def call(self, operation: Operation, result: int, operands: Any) -> None:
-        super().call(operation, result, operands)
-        if operation == self._operation:
-            self.after -= 1
-            if self.after < 0:
-                value = self._kept[result].clone()
-                self._lie(value)
-                self._kept[result] = value
-
-
-def one_element(value: torch.Tensor) -> None:
-    place = int(torch.randint(0, value.numel(), (1,)))
-    value.view(-1)[place] += 3 * value.abs().max()
-
-
-LIES: Mapping[str, Callable[[torch.Tensor], object]] = {
-    "element": one_element,
-    "nan": lambda value: value.view(-1)[3:4].fill_(torch.nan),
-    "zeros": lambda value: value.zero_(),
-    "scaled": lambda value: value.mul_(1.02),
+LIES: Mapping[str, Lie] = {
+    **liars.LIES,
     "rows": lambda value: value.copy_(value.flip(-2)),
 }
 OPERATIONS = {
@@ -338,13 +314,6 @@ def layer() -> nn.Module:
     return nn.TransformerEncoderLayer(16, 2, 24, dropout=0.0, batch_first=True)
 
 
-def gradients(net: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
-    net.zero_grad()
-    out = net(x)
-    (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
-    return [out.detach(), *(p.grad.clone() for p in net.parameters() if p.grad is not None)]
-
-
 def same(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
     for ours, theirs in zip(found, wanted, strict=True):
         assert float((ours - theirs).norm()) < 1e-4 * float(theirs.norm()) + 1e-6
@@ -355,7 +324,7 @@ def same(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
 def test_a_liar_is_dropped_and_nothing_of_its_answer_is_used(operation: str, lie: str) -> None:
     plain = layer()
     for after in (0, 1):
-        liar = Lying("liar", OPERATIONS[operation], LIES[lie])
+        liar = Lying("liar", LIES[lie], OPERATIONS[operation].__eq__)
         net = copy.deepcopy(plain)
         x = torch.randn(3, 11, 16)
         with offload(net, "permuted", [liar]) as session:

@@ -154,7 +154,7 @@ def test_masked_inference(case: Case) -> None:
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("scheme", ["measured", "masked"])
+@pytest.mark.parametrize("scheme", ["measured", pytest.param("masked", marks=pytest.mark.slow)])
 def test_the_benchmark_reports_its_figures(scheme: str, tmp_path: Any) -> None:
     if not known(scheme):
         pytest.skip(f"scheme {scheme} is not there")

@@ -491,13 +491,14 @@ def test_a_killed_process_takes_nothing_with_it() -> None:
     assert equal(want, model)
 
 
-def test_honest_workers_are_never_doubted() -> None:
+@pytest.mark.parametrize("steps", [80, pytest.param(300, marks=pytest.mark.slow)])
+def test_honest_workers_are_never_doubted(steps: int) -> None:
     """As long as keys last, and with updates too small to change most elements."""
     for rate in (0.3, 1e-3, 1e-7):
         model = dense()
         optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
         with session(model, optimizer) as within:
-            train(model, optimizer, batches(300))
+            train(model, optimizer, batches(steps))
             within.bring_home()
             assert within.fleet.verifier is not None
             assert within.fleet.verifier.doubts == 0

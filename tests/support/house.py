@@ -42,6 +42,7 @@ from cenacle.documents.receipt import OutputRecord
 from cenacle.documents.terms import Terms
 from cenacle.enclave.channel import Failed, Finished, Message, Progress, Stage
 from cenacle.enclave.launcher import LaunchRequest, ProcessLauncher, RunningEnclave
+from cenacle.enclave.reference import measure_in_sandbox
 from cenacle.enclave.sandbox import SandboxPlan, plan
 from cenacle.errors import CenacleError
 from cenacle.sealing import SealedReader
@@ -164,7 +165,6 @@ class House:
         self.plan = plan()
         self.trap: Trap | None = None
         self._count = 0
-        self._measured: dict[tuple[str, ...], dict[str, Any]] = {}
         self.parties: dict[str, PartyKeys] = {}
         token = broker.owner_token()
         assert token is not None
@@ -219,12 +219,9 @@ class House:
     def enclave(self, chosen: SandboxPlan | None = None) -> dict[str, Any]:
         """Reference values of this machine."""
         plan_ = chosen or self.plan
-        key = (*plan_.layers, str(plan_.accelerators))
-        if key not in self._measured:
-            self._measured[key] = measure_here(
-                self.operator, plan_.layers, accelerators=plan_.accelerators
-            )
-        return self._measured[key]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("cenacle.enclave.reference.measure_in_sandbox", _measured_once)
+            return measure_here(self.operator, plan_.layers, accelerators=plan_.accelerators)
 
     def contract(
         self,
@@ -371,6 +368,19 @@ class House:
         """Every entry of the broker's log."""
         _, head = self.client.head()
         return [json.loads(body) for body in self.client.entries(head.size)]
+
+
+_MEASURED: dict[tuple[str, ...], dict[str, str]] = {}
+
+
+def _measured_once(chosen: SandboxPlan) -> dict[str, str]:
+    """What an enclave measures of itself: seconds of work, and the same in every house.
+
+    Each enclave that runs a job still measures itself anew, and is compared with this.
+    """
+    if chosen.layers not in _MEASURED:
+        _MEASURED[chosen.layers] = measure_in_sandbox(chosen)
+    return _MEASURED[chosen.layers]
 
 
 @contextlib.contextmanager

@@ -14,10 +14,11 @@ import os
 import site
 import sys
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import Final
 
 import cenacle
 from cenacle.crypto.kdf import encode_fields
@@ -39,19 +40,33 @@ _CACHE = frozenset({"__pycache__"})
 _NOT_ENCLAVE = _CACHE | {"site-packages", "dist-packages", "test", "tests", "idlelib"}
 _NOT_CODE = (".pyi", ".h", ".hpp", "/RECORD")
 _THREADS = min(4, os.cpu_count() or 1)
+_READ_BYTES = 1 << 20
+_BATCH = 64  # files for a thread at a time: most are small
 
 
 def _file_hash(path: str) -> bytes:
-    with open(path, "rb", buffering=0) as file:  # noqa: PTH123 - this loop is hot
-        return hashlib.file_digest(file, "sha256").digest()
+    # hashlib.file_digest would clear a buffer of 256 KiB for each of many thousand small files.
+    digest = hashlib.sha256()
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        while piece := os.read(descriptor, _READ_BYTES):
+            digest.update(piece)
+    finally:
+        os.close(descriptor)
+    return digest.digest()
+
+
+def _file_hashes(files: Sequence[tuple[str, str]]) -> list[bytes]:
+    return [_file_hash(path) for _, path in files]
 
 
 def _digest(files: Iterable[tuple[str, str]]) -> Digest:
     """SHA-256 over sorted (name, SHA-256 of content) pairs, length-prefixed."""
     try:
         listed = sorted(files)
+        batches = [listed[at : at + _BATCH] for at in range(0, len(listed), _BATCH)]
         with ThreadPoolExecutor(_THREADS) as pool:
-            hashes = list(pool.map(_file_hash, (path for _, path in listed), chunksize=64))
+            hashes = list(chain.from_iterable(pool.map(_file_hashes, batches)))
     except OSError as error:
         raise UnavailableError(
             "a file of the enclave cannot be measured",
@@ -64,22 +79,20 @@ def _digest(files: Iterable[tuple[str, str]]) -> Digest:
     return "sha256:" + total.hexdigest()
 
 
-def _refuse(error: OSError) -> NoReturn:
-    raise error
-
-
 def _walk(root: Path, skipped: frozenset[str]) -> Iterator[tuple[str, str]]:
     """Names relative to ``root`` and paths of the files in it, through symbolic links too."""
-    start = len(os.path.join(root, ""))  # noqa: PTH118 - this loop is hot
-    for folder, folders, names in os.walk(root, onerror=_refuse, followlinks=True):
-        folders[:] = [name for name in folders if name not in skipped]
-        for name in folders:
-            if os.path.islink(link := os.path.join(folder, name)):  # noqa: PTH114, PTH118
-                _refuse_loop(Path(link), root)
-        for name in names:
-            path = os.path.join(folder, name)  # noqa: PTH118
-            if os.path.isfile(path):  # noqa: PTH113
-                yield path[start:], path
+    start = len(os.path.join(root, ""))  # noqa: PTH118
+    folders = [str(root)]
+    while folders:
+        with os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                if entry.is_dir():
+                    if entry.name not in skipped:
+                        if entry.is_symlink():
+                            _refuse_loop(Path(entry.path), root)
+                        folders.append(entry.path)
+                elif entry.is_file():
+                    yield entry.path[start:], entry.path
 
 
 def _refuse_loop(link: Path, root: Path) -> None:

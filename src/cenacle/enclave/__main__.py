@@ -13,6 +13,9 @@ import sys
 from cenacle.enclave.sandbox.entry import enclave_main
 
 if __name__ == "__main__":
+    # httpx imports its command line if it can: click, pygments and rich, an eighth of the modules
+    # that an agent begins with, and none of an enclave's business.
+    sys.modules["httpx._main"] = None  # type: ignore[assignment]
     if sys.argv[1:2] == ["measure"]:
         enclave_main("cenacle.enclave.reference:write_measurements")
     enclave_main(

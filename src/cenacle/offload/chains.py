@@ -38,7 +38,7 @@ from cenacle.offload.chain_steps import (
     Step,
     User,
 )
-from cenacle.offload.fusion import State, alone, hollow, references, strange
+from cenacle.offload.fusion import State, alone, fill, hollow, references, strange
 from cenacle.offload.norms import BatchNorm, Norm, can_normalise, normalise
 from cenacle.offload.passes import marks_for
 
@@ -117,6 +117,10 @@ class _Entry:
     @property
     def lives(self) -> bool:
         return references(self.storage) > alone()
+
+    def fill(self, tensor: torch.Tensor) -> None:
+        """``tensor`` is the hollow one, or another one in its memory."""
+        fill(tensor, self.storage, self.full, self.chain.user.site)
 
 
 class Chains:
@@ -228,7 +232,7 @@ class Chains:
                 if result is not None:
                     return result
                 self._refute(entry)
-                self._fill(entry, tensor)
+                entry.fill(tensor)
         elif self._watched and not strange(tensor):
             dependent = self._watched.get(tensor.untyped_storage()._cdata)
             if dependent is not None:
@@ -278,7 +282,7 @@ class Chains:
         learns = chain.grad and any(t is not None and t.requires_grad for t in wanted)
         if learns or bn.training:
             entry.full = chain.value(CONVOLVED, self.buffers)
-            self._fill(entry, tensor)
+            entry.fill(tensor)
             del self._entries[entry.storage._cdata]
             chain.y = Operand.of(tensor)
             self._given.append((chain.user.site, entry.tensor))
@@ -303,7 +307,7 @@ class Chains:
         beside = self._find(other)
         if beside is not None:
             self._refute(beside)
-            self._fill(beside, other)
+            beside.fill(other)
         learns = chain.grad and other.requires_grad
         if not can_normalise(other) or (learns and chain.y is None):
             return None
@@ -388,20 +392,4 @@ class Chains:
             entry.full = chain.value(entry.stage, self.buffers)
         tensor = entry.tensor()
         if tensor is not None:
-            self._fill(entry, tensor)
-
-    @staticmethod
-    def _fill(entry: _Entry, tensor: torch.Tensor) -> None:
-        """``tensor`` is the hollow one, or another one in its memory."""
-        full = entry.full
-        assert full is not None
-        if tensor.untyped_storage()._cdata != entry.storage._cdata:
-            return
-        if full.shape not in (tensor.shape, (1, *tensor.shape)):
-            raise InputError(
-                "a layer's output was taken past torch's functions, before it had its numbers",
-                found=f"{entry.chain.user.site} as {tuple(tensor.shape)}",
-                remedy="run the model once more: this layer is not fused any more",
-            )
-        # Past the version counter: for autograd this is the value that it always had.
-        tensor.data = full.view(tensor.shape)
+            entry.fill(tensor)

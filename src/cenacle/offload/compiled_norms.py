@@ -17,7 +17,7 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
+from numba.extending import intrinsic, register_jitable
 
 from cenacle.offload.compiled import _splat, _total
 from cenacle.offload.compiled_steps import _lanes, _open, _read, _write
@@ -55,6 +55,23 @@ def _gated(b, x, y, marks, lowest, numbers):
     return b.select(b.and_(b.bitcast(word, _MASK), above), x, _ZERO)
 
 
+@register_jitable
+def _extent(y):
+    """Samples, channels and the size of a plane, signed as everything that indices are made of."""
+    return np.int64(y.shape[0]), np.int64(y.shape[1]), np.int64(y.shape[2])
+
+
+@register_jitable
+def _place(there, array, spare, width):
+    """Where an operand begins and how far apart its elements are, in bytes.
+
+    One that is not there is read, or written, in one spare place that stays in the cache.
+    """
+    if there:
+        return np.int64(array.ctypes.data), np.int64(width)
+    return np.int64(spare.ctypes.data), np.int64(0)
+
+
 # ------------------------------------------------------------------ moments
 
 
@@ -89,7 +106,7 @@ def moments_kernel() -> Any:
 
     @numba.njit(f"void({_PLANES}, f8[::1], f8[::1])", nogil=True, error_model="numpy")
     def moments(y, mean, squares):
-        samples, channels, size = np.int64(y.shape[0]), np.int64(y.shape[1]), np.int64(y.shape[2])
+        samples, channels, size = _extent(y)
         full = size // 16 * 16
         room = np.zeros(64, np.float32)
         parts, origin = np.int64(room.ctypes.data), np.int64(y.ctypes.data)
@@ -160,14 +177,12 @@ def normalise_kernel() -> Any:
         error_model="numpy",
     )
     def normalise(y, other, out, marks, mean, scale, shift, lowest, added, marked, stream):
-        samples, channels, size = np.int64(y.shape[0]), np.int64(y.shape[1]), np.int64(y.shape[2])
+        samples, channels, size = _extent(y)
         full, words = size // 16 * 16, np.int64(marks.shape[2])
-        # What is not there is read, or written, in one place that stays in the cache.
         zeros, spare = np.zeros(16, np.float32), np.zeros(4, np.int16)
         origin, target = np.int64(y.ctypes.data), np.int64(out.ctypes.data)
-        beside = np.int64(other.ctypes.data) if added else np.int64(zeros.ctypes.data)
-        marked_at = np.int64(marks.ctypes.data) if marked else np.int64(spare.ctypes.data)
-        far, bits = np.int64(4 if added else 0), np.int64(2 if marked else 0)
+        beside, far = _place(added, other, zeros, 4)
+        marked_at, bits = _place(marked, marks, spare, 2)
         for i in range(samples):
             for c in range(channels):
                 plane = i * channels + c
@@ -231,20 +246,15 @@ def sums_kernel() -> Any:
         error_model="numpy",
     )
     def add_up(g, y, marks, out, mean, scale, shift, lowest, marked, written, sums, products):
-        samples, channels, size = np.int64(y.shape[0]), np.int64(y.shape[1]), np.int64(y.shape[2])
+        samples, channels, size = _extent(y)
         full, words = size // 16 * 16, np.int64(marks.shape[2])
-        room, spare, ones = (
-            np.zeros(128, np.float32),
-            np.zeros(16, np.float32),
-            np.zeros(4, np.int16),
-        )
-        ones[0] = -1
+        room, spare = np.zeros(128, np.float32), np.zeros(16, np.float32)
+        ones = np.full(4, -1, np.int16)
         parts = np.int64(room.ctypes.data)
         held = parts + 256
         gradient, origin = np.int64(g.ctypes.data), np.int64(y.ctypes.data)
-        target = np.int64(out.ctypes.data) if written else np.int64(spare.ctypes.data)
-        marked_at = np.int64(marks.ctypes.data) if marked else np.int64(ones.ctypes.data)
-        far, bits = np.int64(4 if written else 0), np.int64(2 if marked else 0)
+        target, far = _place(written, out, spare, 4)
+        marked_at, bits = _place(marked, marks, ones, 2)
         for i in range(samples):
             for c in range(channels):
                 plane = i * channels + c
@@ -308,14 +318,12 @@ def gradient_kernel() -> Any:
         error_model="numpy",
     )
     def differentiate(g, y, marks, out, mean, scale, shift, lowest, marked, slope, offset, stream):
-        samples, channels, size = np.int64(y.shape[0]), np.int64(y.shape[1]), np.int64(y.shape[2])
+        samples, channels, size = _extent(y)
         full, words = size // 16 * 16, np.int64(marks.shape[2])
-        ones = np.zeros(4, np.int16)
-        ones[0] = -1
+        ones = np.full(4, -1, np.int16)
         gradient, origin = np.int64(g.ctypes.data), np.int64(y.ctypes.data)
         target = np.int64(out.ctypes.data)
-        marked_at = np.int64(marks.ctypes.data) if marked else np.int64(ones.ctypes.data)
-        bits = np.int64(2 if marked else 0)
+        marked_at, bits = _place(marked, marks, ones, 2)
         for i in range(samples):
             for c in range(channels):
                 plane = i * channels + c

@@ -33,6 +33,7 @@ __all__ = [
     "Plan",
     "State",
     "alone",
+    "fill",
     "hollow",
     "references",
     "strange",
@@ -118,6 +119,27 @@ def hollow(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(0, dtype=dtype).set_(one, 0, shape, [0] * len(shape))
 
 
+def fill(
+    tensor: torch.Tensor, storage: torch.UntypedStorage, value: torch.Tensor | None, site: str
+) -> None:
+    """Give ``tensor`` its numbers, if it is the hollow one of ``storage`` or shares its memory.
+
+    Raises:
+        InputError: its shape is another than the layer's output had.
+    """
+    assert value is not None
+    if tensor.untyped_storage()._cdata != storage._cdata:
+        return
+    if value.shape not in (tensor.shape, (1, *tensor.shape)):
+        raise InputError(
+            "a layer's output was taken past torch's functions, before it had its numbers",
+            found=f"{site} as {tuple(tensor.shape)}",
+            remedy="run the model once more: this layer is not fused any more",
+        )
+    # Past the version counter: for autograd this is the value that it always had.
+    tensor.data = value.view(tensor.shape)
+
+
 # ---------------------------------------------------------------------- what is followed
 
 
@@ -177,6 +199,10 @@ class _Hollow:
     def lives(self) -> bool:
         """Whether anybody but this refers to the tensor, or to another one in its memory."""
         return references(self.storage) > alone()
+
+    def fill(self, tensor: torch.Tensor) -> None:
+        """``tensor`` is the hollow one, or another one in its memory."""
+        fill(tensor, self.storage, self.full, self.layer.site)
 
 
 def references(storage: torch.UntypedStorage) -> int:
@@ -247,7 +273,7 @@ class Fusion:
                 if result is not None:
                     return result
                 self._refute(entry)
-                self._fill(entry, tensor)
+                entry.fill(tensor)
         return None
 
     def settle(self) -> None:
@@ -353,22 +379,6 @@ class Fusion:
         state.relu, state.pool = entry.relu, None
         tensor = entry.tensor()
         if tensor is not None:
-            self._fill(entry, tensor)
+            entry.fill(tensor)
             if entry.relu:
                 state.watch(tensor)
-
-    @staticmethod
-    def _fill(entry: _Hollow, tensor: torch.Tensor) -> None:
-        """``tensor`` is the hollow one, or another one in its memory."""
-        full = entry.full
-        assert full is not None
-        if tensor.untyped_storage()._cdata != entry.storage._cdata:
-            return
-        if full.shape not in (tensor.shape, (1, *tensor.shape)):
-            raise InputError(
-                "a layer's output was taken past torch's functions, before it had its numbers",
-                found=f"{entry.layer.site} as {tuple(tensor.shape)}",
-                remedy="run the model once more: this layer is not fused any more",
-            )
-        # Past the version counter: for autograd this is the value that it always had.
-        tensor.data = full.view(tensor.shape)

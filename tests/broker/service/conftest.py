@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -52,7 +54,7 @@ from cenacle.documents.receipt import (
     ReceiptBundle,
     Statement,
 )
-from cenacle.errors import CenacleError
+from cenacle.errors import CenacleError, RefusedError
 
 START = datetime(2027, 1, 31, 12, tzinfo=UTC)
 EXPIRES = "2099-12-31"
@@ -445,6 +447,20 @@ class World:
             )
         )
         return Enclave(self, digest, {**SOFTWARE, "program": program}, **changes)
+
+    def race(self, requests: Sequence[ReleaseRequest]) -> list[str]:
+        """Ask for releases at the same moment: of each its run, or what clauses it failed on."""
+        barrier = threading.Barrier(len(requests))
+
+        def ask(request: ReleaseRequest) -> str:
+            barrier.wait()
+            try:
+                return str(self.desk.release(request).run)
+            except RefusedError as error:
+                return ", ".join(clause["name"] for clause in error.clauses)
+
+        with ThreadPoolExecutor(len(requests)) as pool:
+            return list(pool.map(ask, requests))
 
     # What is on record
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import math
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -254,17 +252,7 @@ def test_two_jobs_racing_for_the_last_of_a_budget(any_world: Any, make_terms: An
         world.enclave(world.agree(private(world, asset, name=f"study-{i}"))).request()
         for i in range(6)
     ]
-    barrier = threading.Barrier(len(requests))
-
-    def ask(request: Any) -> str:
-        barrier.wait()
-        try:
-            return str(world.desk.release(request).run)
-        except RefusedError as error:
-            return ", ".join(clause["name"] for clause in error.clauses)
-
-    with ThreadPoolExecutor(len(requests)) as pool:
-        outcomes = list(pool.map(ask, requests))
+    outcomes = world.race(requests)
     assert outcomes.count("privacy") == 4
     assert len({run for run in outcomes if run != "privacy"}) == 2
     assert view(world, asset).spent == pytest.approx(spent(2))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -207,21 +206,11 @@ def test_two_releases_at_once_cannot_both_take_the_last_use(
 ) -> None:
     world = any_world
     asset = world.deposit("hospital-a", "scarce", terms=make_terms(uses=2))
-    enclaves = [
-        world.enclave(world.agree(world.contract(asset, name=f"study-{i}"))) for i in range(6)
+    requests = [
+        world.enclave(world.agree(world.contract(asset, name=f"study-{i}"))).request()
+        for i in range(6)
     ]
-    requests = [enclave.request() for enclave in enclaves]
-    barrier = threading.Barrier(len(requests))
-
-    def ask(request: Any) -> str:
-        barrier.wait()
-        try:
-            return str(world.desk.release(request).run)
-        except RefusedError as error:
-            return ", ".join(clause["name"] for clause in error.clauses)
-
-    with ThreadPoolExecutor(len(requests)) as pool:
-        outcomes = list(pool.map(ask, requests))
+    outcomes = world.race(requests)
     assert outcomes.count("uses") == 4
     assert len({run for run in outcomes if run != "uses"}) == 2
     assert world.uses(asset) == 2
