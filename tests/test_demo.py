@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from tests.support.swtpm import require_swtpm
 
 pytest.importorskip("torch", reason="recipes need torch (pip: cenacle[train])")
 pytest.importorskip("sklearn", reason="the data comes with scikit-learn (pip: cenacle[demo])")
@@ -16,11 +20,11 @@ pytest.importorskip("sklearn", reason="the data comes with scikit-learn (pip: ce
 HOSPITALS = ("hospital-a", "hospital-b", "hospital-c")
 
 
-def _play(folder: Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+def _play(folder: Path, cwd: Path, *more: str) -> subprocess.CompletedProcess[str]:
     environment = {n: v for n, v in os.environ.items() if n != "CENACLE_HOME"}
     command = [sys.executable, "-m", "cenacle", "demo", "hospitals", "--json"]
     return subprocess.run(
-        [*command, "--dir", str(folder), "--budget", "1.2"],
+        [*command, "--dir", str(folder), "--budget", "1.2", *more],
         capture_output=True,
         text=True,
         check=False,
@@ -91,6 +95,37 @@ def test_the_demonstration_is_played_again_until_the_budget_refuses(tmp_path: Pa
     assert "of epsilon 1.2 left at delta 0.0001, after 1 jobs" in refusal["found"]
     assert "FAILED" in again.stderr
     assert not (folder / "operator" / "results-2" / "model.sealed").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_the_demonstration_with_quotes_of_a_tpm(tmp_path: Path) -> None:
+    """The whole job by the real protocol; a TPM in software is simulated, and says so."""
+    require_swtpm()
+    folder = tmp_path / "demo"
+    played = _play(folder, tmp_path, "--enclave", "tpm")
+    assert played.returncode == 0, played.stderr
+    figures = json.loads(played.stdout.splitlines()[-1])
+    assert all(figures["accuracy_pooled"] > alone for alone in figures["accuracy_single"])
+    assert "--evidence tpm" in played.stderr
+    environment = {**os.environ, "CENACLE_HOME": str(folder / "hospital-b" / "home")}
+    verify = [sys.executable, "-m", "cenacle", "verify", figures["receipt"], "--json"]
+
+    def verified(*more: str) -> tuple[int, dict[str, Any]]:
+        done = subprocess.run(
+            [*verify, *more], capture_output=True, text=True, check=False, env=environment
+        )
+        return done.returncode, json.loads(done.stdout.splitlines()[-1])
+
+    code, found = verified()
+    assert code == 0
+    assert (found["evidence"], found["protection"]) == ("tpm", "simulated")
+    assert verified("--require", "measured")[0] == 3
+    # Whoever does not trust the maker of that TPM believes nothing that it says.
+    shutil.rmtree(folder / "hospital-b" / "home" / "trust")
+    code, found = verified()
+    assert code == 3
+    assert "root" in found["what"]
 
 
 @pytest.mark.slow

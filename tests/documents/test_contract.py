@@ -294,7 +294,12 @@ def test_a_contract_with_a_privacy_plan(contract_example: Fields) -> None:
         (put("privacy", "noise_multiplier", value=None), "cenacle draft"),
         (drop("privacy", "metrics_noise"), "metrics are exact"),
         (put("job", "recipe", "data", "standardize", value=True), "standardize"),
-        (put("offload", value={"scheme": "lowrank"}), "cannot be kept under offload lowrank"),
+        (put("offload", value={"scheme": "permuted", "check": False}), "set check: true"),
+        (put("offload", value={"scheme": "permuted", "resident": True}), "leave resident out"),
+        (
+            put("offload", value={"scheme": "masked-training", "accelerators": {"count": 2}}),
+            "cannot be kept under offload masked-training",
+        ),
         (put("privacy", "epsilon", value=0.0), "epsilon"),
     ],
 )
@@ -305,6 +310,15 @@ def test_a_plan_that_could_not_be_kept(
     change(fields)
     with pytest.raises(DocumentError, match=problem):
         Contract.from_fields(fields)
+
+
+@pytest.mark.parametrize("scheme", ["enclave", "measured", "lowrank", "permuted"])
+def test_a_plan_that_is_kept_with_accelerators(contract_example: Fields, scheme: str) -> None:
+    fields = _private(contract_example)
+    fields["offload"] = {"scheme": scheme}
+    contract = Contract.from_fields(fields)
+    assert contract.offload.scheme == scheme
+    assert contract.privacy is not None
 
 
 def test_a_program_has_no_privacy_plan(program_contract_example: Fields) -> None:

@@ -154,9 +154,28 @@ def test_only_sgd_can_be_checked_where_accelerators_carry_it_out(
         assert Contract.from_canonical(contract.canonical_bytes()) == contract
 
 
-def test_a_program_cannot_be_offloaded_yet(program_contract_example: Fields) -> None:
-    program_contract_example["offload"] = {"scheme": "permuted"}
-    with pytest.raises(DocumentError, match="is for recipes"):
+@pytest.mark.parametrize(
+    ("plan", "problem"),
+    [
+        ({"scheme": "measured"}, None),
+        ({"scheme": "permuted"}, None),
+        ({"scheme": "permuted", "allow_public_base": True}, None),
+        ({"scheme": "lowrank", "options": {"ranks": 4}}, None),
+        ({"scheme": "masked-training", "accelerators": {"count": 2}}, None),
+        ({"scheme": "masked"}, "use another scheme"),
+        ({"scheme": "permuted", "resident": True}, "leave resident out"),
+        ({"scheme": "lowrank", "options": {"ranks": {"first": 4}}}, "one number for ranks"),
+    ],
+)
+def test_which_plans_a_program_can_have(
+    program_contract_example: Fields, plan: Fields, problem: str | None
+) -> None:
+    program_contract_example["offload"] = plan
+    if problem is None:
+        contract = Contract.from_fields(program_contract_example)
+        assert Contract.from_canonical(contract.canonical_bytes()) == contract
+        return
+    with pytest.raises(DocumentError, match=problem):
         Contract.from_fields(program_contract_example)
 
 

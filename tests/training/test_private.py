@@ -4,7 +4,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,20 @@ import pyarrow as pa
 import pytest
 import torch
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 
+from cenacle.accelerators import InlineAccelerator
+from cenacle.accelerators.protocol import Operation
 from cenacle.accounting import epsilon
 from cenacle.cli.demo_patients import HOSPITALS, hospital_patients, share_with_clinic
 from cenacle.cli.demo_patients import RANGES as RANGES_OF_PATIENTS
 from cenacle.documents.base import parse_yaml
+from cenacle.documents.offload import OffloadPlan
 from cenacle.documents.privacy import PrivacyEvent, PrivacyPlan
 from cenacle.documents.private_recipe import check_private_recipe, privacy_events
 from cenacle.documents.recipe import Recipe
 from cenacle.errors import DataError, DocumentError, EnclaveError, InputError, VerificationError
+from cenacle.offload.private import PRIVATE_NOTE
 from cenacle.training import (
     MemoryTable,
     MemoryTensors,
@@ -691,10 +696,129 @@ def test_recipes_that_a_plan_forbids(
         privately(make_recipe(**PRIVATE | changes), tables, **planned)
 
 
-def test_offloading_is_refused(recipe: Recipe, tables: Tables) -> None:
-    offloading = Offloading.__new__(Offloading)
-    with pytest.raises(DocumentError, match="under an offload plan"):
-        train(recipe, tables, privacy=Privacy(plan(), secret()), offloading=offloading)
+OFFLOADED: dict[str, dict[str, Any]] = {
+    "measured": {},
+    "lowrank": {"options": {"ranks": 1}},
+    "permuted": {},
+}
+PICTURES: dict[str, Any] = {
+    "data": {
+        "form": "tensors",
+        "assets": ["a"],
+        "inputs": "x",
+        "labels": "y",
+        "classes": [0, 1],
+    },
+    "model": {"type": "cnn", "channels": [4, 8], "hidden": [8], "dropout": 0.2},
+    "optimizer": {"type": "adam", "learning_rate": 0.01},
+    "epochs": 2,
+    "batch_size": 16,
+    "holdout": {"fraction": 0.25, "stratified": False},
+}
+
+
+@pytest.fixture(scope="module")
+def pictures() -> dict[str, MemoryTensors]:
+    random = np.random.default_rng(3)
+    labels = random.integers(0, 2, 80)
+    x = random.normal(size=(80, 16, 16)).astype(np.float32)
+    x[labels == 1, :8] += 1.0
+    return {"a": MemoryTensors({"x": x, "y": labels.astype(np.int64)})}
+
+
+def lent(scheme: str, worker: type[InlineAccelerator] = InlineAccelerator) -> Offloading:
+    offload: Any = TypeAdapter(OffloadPlan).validate_python(
+        {"scheme": scheme, "accelerators": {"count": 2}, **OFFLOADED.get(scheme, {})}
+    )
+    members = [worker("one"), InlineAccelerator("two")]
+    return Offloading(offload, members, dict.fromkeys(("one", "two"), "process"), secret="aa")
+
+
+class FirstWeights(Offloading):
+    """Under ``permuted`` a recipe's first weights follow from a secret; here, to compare, not."""
+
+    weights_secret = None
+
+
+class Doubling(InlineAccelerator):
+    """Doubles sums of gradients, and gradients of inputs."""
+
+    def call(self, operation: Operation, result: int, operands: Sequence[int]) -> None:
+        super().call(operation, result, operands)
+        if operation.name in {"conv_weight", "conv_input"} or operation.attributes.get(
+            "transpose_a"
+        ):
+            self._kept[result] = self._kept[result] * 2
+
+
+@pytest.mark.parametrize("clipping", ["flat", "per-layer"])
+@pytest.mark.parametrize("scheme", OFFLOADED)
+def test_an_offloaded_training_is_the_same_and_costs_the_same(
+    make_recipe: MakeRecipe, pictures: Any, scheme: str, clipping: str
+) -> None:
+    recipe = make_recipe(**PICTURES)
+    privacy = Privacy(plan(noise_multiplier=0.5, clipping=clipping), secret())
+    expected = train(recipe, pictures, privacy=privacy, threads=1)
+    offloading = lent(scheme)
+    offloading.__class__ = FirstWeights
+    found = train(recipe, pictures, privacy=privacy, offloading=offloading, threads=1)
+    assert found.events == expected.events == privacy_events(privacy.plan, recipe)
+    for name, tensor in expected.model_tensors.items():
+        np.testing.assert_allclose(found.model_tensors[name], tensor, rtol=1e-3, atol=1e-4)
+    told = offloading.record()
+    assert told.checked == told.products > 0
+    assert told.dropped == ()
+    assert offloading.leakage.note.endswith(PRIVATE_NOTE)
+
+
+@pytest.mark.parametrize("scheme", OFFLOADED)
+def test_an_accelerator_that_doubles_gradients_is_dropped(
+    make_recipe: MakeRecipe, pictures: Any, scheme: str
+) -> None:
+    recipe = make_recipe(**PICTURES | {"epochs": 1})
+    privacy = Privacy(plan(noise_multiplier=0.5), secret())
+    offloading = lent(scheme, Doubling)
+    offloading.__class__ = FirstWeights
+    found = train(recipe, pictures, privacy=privacy, offloading=offloading, threads=1)
+    assert [one.name for one in offloading.record().dropped] == ["one"]
+    expected = train(recipe, pictures, privacy=privacy, threads=1)
+    for name, tensor in expected.model_tensors.items():
+        np.testing.assert_allclose(found.model_tensors[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_an_offloaded_training_goes_on_to_the_same_bits(
+    make_recipe: MakeRecipe, pictures: Any
+) -> None:
+    """Between accelerators that compute alike, under a scheme without secrets of its own."""
+    recipe = make_recipe(**PICTURES)
+    privacy, sink = Privacy(plan(), secret()), MemorySink()
+    expected = train(recipe, pictures, privacy=privacy, offloading=lent("lowrank"), threads=1)
+
+    class Stopped(Exception):
+        pass
+
+    def stop(done: int, _: int) -> None:
+        if done == 5:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        train(
+            recipe, pictures, privacy=privacy, offloading=lent("lowrank"), threads=1,
+            progress=stop, checkpoints=sink, checkpoint_every=2,
+        )  # fmt: skip
+    found = train(
+        recipe, pictures, privacy=privacy, offloading=lent("lowrank"), threads=1, checkpoints=sink
+    )
+    same(found, expected)
+    again = train(
+        recipe, pictures, privacy=privacy, offloading=lent("permuted"), threads=1, checkpoints=sink
+    )
+    same(again, expected)  # what ended is not computed again, whatever accelerators would answer
+
+
+def test_plans_that_lose_the_bound_are_refused(recipe: Recipe, tables: Tables) -> None:
+    with pytest.raises(DocumentError, match="largest numbers of a batch"):
+        train(recipe, tables, privacy=Privacy(plan(), secret()), offloading=lent("masked-training"))
 
 
 @pytest.mark.parametrize(

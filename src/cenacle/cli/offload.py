@@ -40,7 +40,7 @@ def leakage_of(contract: Contract) -> LeakageRecord:
     _require_torch()
     from cenacle.offload.planned import planned_leakage
 
-    return planned_leakage(contract.offload)
+    return planned_leakage(contract.offload, private=contract.privacy is not None)
 
 
 def _require_torch() -> None:

@@ -17,9 +17,19 @@ from cenacle.documents.base import (
     NonEmpty,
     Timestamp,
 )
-from cenacle.documents.offload import PUBLIC_BASE, EnclavePlan, OffloadPlan, PermutedPlan
+from cenacle.documents.offload import (
+    PUBLIC_BASE,
+    EnclavePlan,
+    LowRankPlan,
+    OffloadPlan,
+    PermutedPlan,
+)
 from cenacle.documents.privacy import PrivacyEvent, PrivacyPlan
-from cenacle.documents.private_recipe import check_private_recipe, privacy_events
+from cenacle.documents.private_recipe import (
+    check_private_offload,
+    check_private_recipe,
+    privacy_events,
+)
 from cenacle.documents.protection import (
     ENCLAVE_KINDS,
     Measured,
@@ -250,10 +260,8 @@ class Contract(Document):
         if isinstance(plan, EnclavePlan):
             return self
         if isinstance(self.job, ProgramJob):
-            raise ValueError(
-                f"offload {plan.scheme} is for recipes: a program has no way to an accelerator "
-                "yet; use scheme enclave"
-            )
+            _check_program_offload(plan)
+            return self
         if plan.scheme == "masked":
             raise ValueError(
                 "offload masked is for inference, but a recipe trains: use masked-training, or "
@@ -285,11 +293,7 @@ class Contract(Document):
                 "a privacy plan is for recipes: what a program does with records cannot be known; "
                 "leave privacy out"
             )
-        if not isinstance(self.offload, EnclavePlan):
-            raise ValueError(
-                f"a privacy plan cannot be kept under offload {self.offload.scheme} yet; use "
-                "scheme enclave"
-            )
+        check_private_offload(self.offload)
         metrics = any(output.kind == "metrics" for output in self.outputs)
         check_private_recipe(self.privacy, self.job.recipe, metrics=metrics)
         return self
@@ -340,6 +344,19 @@ class Contract(Document):
             for pay in self.payments
             if pay.payee == payee and pay.payer != payee and pay.currency == currency
         )
+
+
+def _check_program_offload(plan: OffloadPlan) -> None:
+    """Raises ValueError if products of a program cannot be offloaded so."""
+    problem = None
+    if plan.scheme == "masked":
+        problem = "its masks are made beforehand, for a model that is known: use another scheme"
+    elif isinstance(plan, PermutedPlan) and plan.resident:
+        problem = "accelerators keep no weights of a program: leave resident out"
+    elif isinstance(plan, LowRankPlan) and isinstance(plan.options.ranks, dict):
+        problem = "layers of a program have no names in here: state one number for ranks"
+    if problem is not None:
+        raise ValueError(f"offload {plan.scheme} cannot be used by a program: {problem}")
 
 
 class Veto(Document):

@@ -158,7 +158,7 @@ def _run(
             remedy="start the job with `cenacle run`",
         )
     with socket.socket(fileno=config.worker) as connection:
-        return run_program(opened, session, connection, channel.progress), ()
+        return run_program(opened, session, connection, channel.progress, offloading), ()
 
 
 def _sha256(path: Path) -> str:

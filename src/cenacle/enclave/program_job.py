@@ -5,8 +5,8 @@ from __future__ import annotations
 import builtins
 import json
 import socket
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
@@ -20,6 +20,10 @@ from cenacle.enclave.session import Session
 from cenacle.errors import EnclaveError
 from cenacle.sealing.safetensors_format import parse_header
 from cenacle.sealing.tables import check_columns, check_types
+
+if TYPE_CHECKING:
+    from cenacle.enclave.program_products import ProgramProducts
+    from cenacle.training.offloading import Offloading
 
 __all__ = ["run_program"]
 
@@ -44,8 +48,13 @@ def run_program(
     session: Session,
     connection: socket.socket,
     progress: Callable[[int, int], None],
+    offloading: Offloading | None = None,
 ) -> dict[str, OutputValue]:
     """Run the contract's sealed program in its own process and return its outputs.
+
+    Args:
+        offloading: the contract's plan on the launcher's accelerators, which the program's
+            process has no way to: it asks for products here.
 
     Raises:
         EnclaveError: the program failed (the class of its error is all that is told), ended
@@ -72,7 +81,29 @@ def run_program(
             for index, (alias, asset) in enumerate(opened.assets.items())
         ],
     }
+    if offloading is None:
+        send_frame(connection, {"kind": "job"}, json.dumps(told).encode())
+        return _collect(connection, kinds, progress, None)
+    from cenacle.enclave.program_products import ProgramProducts  # noqa: PLC0415 - torch
+
+    told["offload"] = {
+        "plan": opened.contract.offload.model_dump(mode="json"),
+        "secret": offloading.program_secret,
+    }
     send_frame(connection, {"kind": "job"}, json.dumps(told).encode())
+    products = ProgramProducts(offloading)
+    try:
+        return _collect(connection, kinds, progress, products)
+    finally:
+        products.close()
+
+
+def _collect(
+    connection: socket.socket,
+    kinds: Mapping[str, str],
+    progress: Callable[[int, int], None],
+    products: ProgramProducts | None,
+) -> dict[str, OutputValue]:
     values: dict[str, OutputValue] = {}
     while True:
         header, payload = read_frame(connection)
@@ -83,6 +114,8 @@ def run_program(
                 values[name] = _decode(name, kinds[name], bytes(payload))
             case {"kind": "output"}:
                 raise _broken("an output that the contract lacks, or one given twice")
+            case {"kind": "offload"} if products is not None:
+                send_frame(connection, *products.answer(header, payload))
             case {"kind": "done"}:
                 return values
             case {"kind": "failed", "class": str(name), "phase": str(phase)} if phase in _PHASES:

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import json
 import socket
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from cenacle.documents.asset import Asset
 from cenacle.documents.base import canonical_json, unb64
 from cenacle.enclave.assets import AssetReader, open_asset
 from cenacle.enclave.context import JobContext
-from cenacle.enclave.frames import send_frame
+from cenacle.enclave.frames import read_frame, send_frame
 from cenacle.errors import InputError
 from cenacle.sealing import PackageFinder, SealedReader, read_package
 from cenacle.sealing.safetensors_format import check_name
@@ -116,7 +117,7 @@ def load(
     Args:
         payload: JSON of the agent's: manifests and keys of the assets, entry point, parameters.
             A ``bytearray`` is wiped.
-        connection: takes progress and outputs.
+        connection: takes progress, outputs and requests for products.
         paths: the worker's readable mounts by name.
     """
     job = json.loads(payload)
@@ -134,19 +135,35 @@ def load(
     module, _, function = job["entry"].partition(":")
     approved = manifests[job["program"]].package
     with PackageFinder(read_package(program), expected_digest=approved):
+        # First: code of the program may make a model while it is imported.
+        context = _context(job, readers, connection)
         entry = getattr(importlib.import_module(module), function)
-        yield Program(entry, _context(job, readers, connection))
+        yield Program(entry, context)
 
 
 def _context(
     job: Mapping[str, Any], readers: Mapping[str, AssetReader], connection: socket.socket
 ) -> JobContext:
     rules = OutputRules(job["outputs"])
+    turn = threading.Lock()  # a program may have threads, and an answer is due to who asked
 
     def report(done: int, total: int) -> None:
-        send_frame(connection, {"kind": "progress", "done": int(done), "total": int(total)})
+        with turn:
+            send_frame(connection, {"kind": "progress", "done": int(done), "total": int(total)})
 
     def emit(name: str, value: Any) -> None:
-        send_frame(connection, {"kind": "output", "name": name}, rules.encode(name, value))
+        payload = rules.encode(name, value)
+        with turn:
+            send_frame(connection, {"kind": "output", "name": name}, payload)
 
-    return JobContext(readers, job["parameters"], job["outputs"], report, emit)
+    def ask(header: dict[str, Any], payload: bytes) -> tuple[dict[str, Any], bytearray]:
+        with turn:
+            send_frame(connection, header, payload)
+            return read_frame(connection)
+
+    offload = None
+    if job.get("offload") is not None:
+        from cenacle.enclave.program_scheme import program_offload  # noqa: PLC0415 - torch
+
+        offload = program_offload(job["offload"], ask)
+    return JobContext(readers, job["parameters"], job["outputs"], report, emit, offload)

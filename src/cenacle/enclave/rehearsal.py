@@ -1,7 +1,8 @@
 """Run a program here, on made-up data, before it is sealed and approved.
 
 From a real enclave only the class of a program's error leaves. A rehearsal shows everything,
-and gives the program the same readers, parameters and rules for outputs. It confines nothing::
+and gives the program the same readers, parameters and rules for outputs. It confines nothing,
+and ``ctx.offload`` keeps everything here::
 
     outputs = rehearse(main.run, {"hospital-a": Path("made-up.csv")}, {"counts": "metrics"})
 """
@@ -13,7 +14,7 @@ import json
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cenacle.crypto import SecretBytes
 from cenacle.enclave.assets import AssetReader, reader_for
@@ -22,11 +23,24 @@ from cenacle.enclave.program_runner import OutputRules
 from cenacle.errors import EnclaveError
 from cenacle.sealing import SealedReader, seal_path
 
+if TYPE_CHECKING:
+    from torch import nn
+
+    from cenacle.offload.session import Offload
+
 __all__ = ["rehearse"]
 
 
 def _ignore(_done: int, _total: int) -> None:
     pass
+
+
+def _inside(model: nn.Module) -> Offload:
+    """A session as programs get one, of which nothing leaves."""
+    from cenacle.accelerators.inline import InlineAccelerator  # noqa: PLC0415 - torch
+    from cenacle.offload.session import offload  # noqa: PLC0415
+
+    return offload(model, "enclave", [InlineAccelerator("rehearsal")])
 
 
 def rehearse(
@@ -68,7 +82,7 @@ def rehearse(
             seal_path(path, sealed, key)
             readers[alias] = reader_for(stack.enter_context(SealedReader(sealed, key)))
         told = json.loads(json.dumps(dict(parameters or {}), allow_nan=False))
-        run(JobContext(readers, told, dict(outputs), progress or _ignore, emit))
+        run(JobContext(readers, told, dict(outputs), progress or _ignore, emit, _inside))
     if missing := set(outputs) - set(given):
         raise EnclaveError(
             "the program left out outputs",

@@ -72,6 +72,24 @@ def _convolution(
     return y if x.dim() == w.dim() else y.squeeze(0)
 
 
+def _raw_convolution(
+    engine: Engine,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> torch.Tensor | None:
+    """What all convolutions of torch become."""
+    if transposed or any(output_padding) or not 3 <= w.dim() <= 4 or x.dim() != w.dim():
+        return None
+    return _convolution(engine, x, w, bias, stride, padding, dilation, groups)
+
+
 def _fits(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, groups: int) -> bool:
     """Whether torch would compute it: a mistake is to raise torch's own error, unsent."""
     return (
@@ -87,6 +105,7 @@ _HANDLERS: Final[Mapping[Any, Callable[..., torch.Tensor | None]]] = {
     functional.linear: linear,
     torch.conv1d: _convolution,
     torch.conv2d: _convolution,
+    torch.convolution: _raw_convolution,
     torch.matmul: matmul,
     torch.Tensor.matmul: matmul,
     torch.Tensor.__matmul__: matmul,
@@ -126,11 +145,16 @@ _SUMMANDS: Final = (addmm, baddbmm)
 
 
 class Interceptor(TorchFunctionMode):
-    """Active while modules of a model run."""
+    """Active while modules of a model run.
 
-    def __init__(self, engine: Engine) -> None:
+    Args:
+        within: says whether one does, where the mode is on for longer than that.
+    """
+
+    def __init__(self, engine: Engine, within: Callable[[], bool] | None = None) -> None:
         super().__init__()
         self._engine = engine
+        self._within = within
 
     def __torch_function__(
         self,
@@ -140,6 +164,8 @@ class Interceptor(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if self._within is not None and not self._within():
+            return func(*args, **kwargs)
         done = self._engine.sees(func, args, kwargs)
         if done is not None:
             return done
@@ -170,6 +196,8 @@ class Interceptor(TorchFunctionMode):
         kwargs: dict[str, Any],
     ) -> torch.Tensor | None:
         reason = "an argument out" if kwargs.get("out") is not None else _obstacle(args, kwargs)
+        if reason is None:
+            reason = self._engine.hinders(args, kwargs)
         if reason is None:
             names = _SUMMAND_NAMES if handler in _SUMMANDS else _NAMES
             named = {names.get(name, name): v for name, v in kwargs.items() if name != "out"}

@@ -6,6 +6,7 @@ from typing import cast
 
 from cenacle.documents.offload import EnclavePlan, OffloadPlan, PermutedPlan
 from cenacle.documents.receipt import LeakageRecord
+from cenacle.offload.private import private_record
 from cenacle.offload.resident import Keeper
 from cenacle.offload.schemes.base import Scheme, make_scheme
 
@@ -27,11 +28,17 @@ def planned_scheme(plan: OffloadPlan) -> Scheme:
     return scheme
 
 
-def planned_leakage(plan: OffloadPlan) -> LeakageRecord:
+def planned_leakage(plan: OffloadPlan, *, private: bool = False) -> LeakageRecord:
     """What accelerators learn under a plan: the scheme's record, or a worse one.
 
-    With known initial weights ``permuted`` protects nothing that it sends.
+    With known initial weights ``permuted`` protects nothing that it sends. With ``private``, a
+    privacy plan is kept as well, and its steps show more than others.
     """
+    record = _leakage(plan)
+    return private_record(record) if private else record
+
+
+def _leakage(plan: OffloadPlan) -> LeakageRecord:
     record = planned_scheme(plan).leakage
     if not isinstance(plan, PermutedPlan) or not plan.allow_public_base:
         return record

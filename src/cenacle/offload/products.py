@@ -33,6 +33,10 @@ class Engine(Protocol):
         """Whether it is a parameter of the model, or a view of one."""
         ...
 
+    def hinders(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        """Why these operands must stay inside; None: they need not."""
+        ...
+
     def stays(self, what: str) -> None:
         """Linear algebra that is not offloaded runs in the enclave: to be noticed once."""
         ...

@@ -9,12 +9,19 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode, _get_current_function_mode
+from torch.overrides import (
+    TorchFunctionMode,
+    _get_current_function_mode,
+    _get_current_function_mode_stack,
+)
+
+from cenacle.errors import InputError
 
 __all__ = ["Running"]
 
@@ -32,6 +39,8 @@ class _Thread(threading.local):
     frames: list[_Frame] = field(default_factory=list)
     mode: TorchFunctionMode | None = None
     given: set[int] = field(default_factory=set)
+    kept: bool = False  # the mode is on for longer than a call
+    stays: bool = False  # calls are not watched
 
 
 class Running:
@@ -85,11 +94,13 @@ class Running:
     def begin(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         thread = self._thread
         if not thread.frames:
-            self._leave()
+            if not thread.kept:
+                self._leave()
             again = torch._C._current_graph_task_id() != -1  # a checkpoint, in a backward pass
             thread.given = set() if again else set(_addresses((args, kwargs)))
-            thread.mode = self._make_mode()
-            thread.mode.__enter__()  # type: ignore[no-untyped-call]
+            if not thread.kept and not thread.stays and not _preceded():
+                thread.mode = self._make_mode()
+                thread.mode.__enter__()  # type: ignore[no-untyped-call]
         thread.frames.append(_Frame(path))
 
     def end(self, path: str, *_: Any) -> None:
@@ -97,8 +108,39 @@ class Running:
         if thread.frames and thread.frames[-1].path == path:
             thread.frames.pop()
             if not thread.frames:
-                self._leave()
+                if not thread.kept:
+                    self._leave()
                 thread.given = set()
+
+    @contextmanager
+    def enclosing(self) -> Iterator[None]:
+        """Keep the mode on for the whole block, so that modes entered within come before it."""
+        thread = self._thread
+        if thread.frames or thread.kept or thread.stays:
+            raise InputError("a private step cannot begin while the model runs")
+        self._leave()
+        mode = self._make_mode()
+        thread.mode, thread.kept = mode, True
+        try:
+            with mode:
+                yield
+        finally:
+            thread.mode, thread.kept = None, False
+            thread.frames.clear()  # left by an error within a module
+            thread.given = set()
+
+    @contextmanager
+    def unwatched(self) -> Iterator[None]:
+        """What the model calls within the block runs as it is."""
+        thread = self._thread
+        if thread.frames or thread.kept:
+            raise InputError("a private step cannot begin while the model runs")
+        before, thread.stays = thread.stays, True
+        try:
+            yield
+        finally:
+            thread.stays = before
+            thread.frames.clear()
 
     def _leave(self) -> None:
         thread = self._thread
@@ -106,6 +148,15 @@ class Running:
             if _get_current_function_mode() is thread.mode:  # type: ignore[no-untyped-call]
                 thread.mode.__exit__(None, None, None)
             thread.mode = None
+
+
+def _preceded() -> bool:
+    """Whether a mode is on that has to see every function first, and does not know of this one.
+
+    What a private step of another model calls then runs as it is.
+    """
+    modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    return any(getattr(mode, "comes_first", False) for mode in modes)
 
 
 class _Hook:

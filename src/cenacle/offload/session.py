@@ -13,10 +13,8 @@ enclave, as does everything outside the model's ``forward``.
 from __future__ import annotations
 
 import logging
-import threading
-import weakref
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
@@ -30,8 +28,9 @@ from cenacle.accelerators.protocol import Accelerator
 from cenacle.documents.receipt import LeakageRecord
 from cenacle.errors import InputError
 from cenacle.offload.attention import FastPath
-from cenacle.offload.calls import looks_only
+from cenacle.offload.calls import looks_only, tensors
 from cenacle.offload.chains import Chains
+from cenacle.offload.claims import check_model, claiming, unclaim
 from cenacle.offload.fleet import Fleet, Loss, Role
 from cenacle.offload.fusion import NOTHING, Fusion, Plan, State, hollow
 from cenacle.offload.integrity import Verifier
@@ -39,6 +38,7 @@ from cenacle.offload.intercept import Interceptor
 from cenacle.offload.maps import Convolution, LinearMap, MatrixProduct
 from cenacle.offload.nodes import Offloaded, Use
 from cenacle.offload.pooling import max_pool
+from cenacle.offload.private import PrivatePasses, Waiting, private_record
 from cenacle.offload.profile import Profile
 from cenacle.offload.resident import Keeper, Residency, Updates
 from cenacle.offload.running import Running
@@ -76,9 +76,11 @@ class Offload:
         self._optimizers: Any = None
         self._modules: tuple[nn.Module, ...] = ()
         self._open = False
-        self._residency: Residency | None = None
+        self._private: PrivatePasses | None = None
+        self._was_private = False
+        self.residency: Residency | None = None
         if resident is not None:
-            self._residency = _residency(scheme, fleet, resident, self._is_running)
+            self.residency = _residency(scheme, fleet, resident, self._is_running)
 
     @property
     def profile(self) -> Profile:
@@ -91,7 +93,13 @@ class Offload:
 
     @property
     def leakage(self) -> LeakageRecord:
-        return self.scheme.leakage
+        record = self.scheme.leakage
+        return private_record(record) if self._was_private else record
+
+    @property
+    def checked(self) -> bool:
+        """Whether what workers return is verified."""
+        return self.fleet.verifier is not None or self.scheme.checks_itself
 
     @property
     def losses(self) -> Sequence[Loss]:
@@ -103,15 +111,9 @@ class Offload:
                 "an offload session is used once", remedy="call offload() for another one"
             )
         try:
-            _check(self.model)
-            with _LOCK:
-                if any(module in _OFFLOADED for module in self.model.modules()):
-                    raise InputError(
-                        "the model is in an offload session already",
-                        remedy="end that session first, or offload another copy of the model",
-                    )
+            check_model(self.model)
+            with claiming(self, self.model):
                 self.scheme.attach(self.fleet, self.model)
-                _OFFLOADED.update(self.model.modules())
         except BaseException:
             self.fleet.close()
             raise
@@ -121,8 +123,8 @@ class Offload:
         self._running = Running(self.model, self._mode)
         self._optimizers = register_optimizer_step_post_hook(self._stepped)
         FastPath.off()
-        if self._residency is not None:
-            self._residency.begin()
+        if self.residency is not None:
+            self.residency.begin()
         return self
 
     def __exit__(
@@ -142,13 +144,11 @@ class Offload:
             self._running.remove()
         self._optimizers.remove()
         FastPath.restore()
-        with _LOCK:
-            for module in self._modules:
-                _OFFLOADED.discard(module)
+        unclaim(self._modules)
         try:
             try:
-                if self._residency is not None:
-                    self._residency.end()
+                if self.residency is not None:
+                    self.residency.end()
             finally:
                 self.scheme.detach()
         finally:
@@ -174,8 +174,8 @@ class Offload:
         Raises:
             InputError: a worker keeps a weight, so what was written to is an old copy of it.
         """
-        if self._residency is not None:
-            self._residency.check_home()
+        if self.residency is not None:
+            self.residency.check_home()
         self._weights.changed()
 
     def bring_home(self) -> None:
@@ -189,22 +189,48 @@ class Offload:
             IntegrityError, AcceleratorError: a worker lied or was lost, and the enclave could not
                 make the weight again.
         """
-        if self._residency is not None:
-            self._residency.all_home()
+        if self.residency is not None:
+            self.residency.all_home()
 
     # ------------------------------------------------------------------ the model runs
 
     def _mode(self) -> Interceptor:
         with self.eyes_shut():
             self._weights.refresh()
-        return Interceptor(self)
+        return Interceptor(self, None if self._private is None else self._is_running)
 
     def _is_running(self) -> bool:
         return self._running is not None and self._running.active
 
     def eyes_shut(self) -> AbstractContextManager[None]:
         """While operands are handled: nobody looks at a weight that a worker keeps."""
-        return nullcontext() if self._residency is None else self._residency.eyes_shut()
+        return nullcontext() if self.residency is None else self.residency.eyes_shut()
+
+    def private_passes(self) -> PrivatePasses:
+        """For who clips examples one by one, of what this session computes.
+
+        Raises:
+            InputError: the session's scheme or settings do not allow it.
+        """
+        return PrivatePasses(self)
+
+    @contextmanager
+    def steps_apart(self, passes: PrivatePasses) -> Iterator[None]:
+        """For :class:`~cenacle.offload.private.PrivatePasses`: the model runs within."""
+        self.check_open()
+        assert self._running is not None
+        self._private, self._was_private = passes, True
+        try:
+            with self._running.enclosing():
+                yield
+        finally:
+            self._private = None
+
+    def staying(self) -> AbstractContextManager[None]:
+        """Within, the model runs in the enclave alone."""
+        self.check_open()
+        assert self._running is not None
+        return self._running.unwatched()
 
     def _stepped(self, optimizer: Optimizer, *_: Any) -> None:
         """Fused optimizers write weights without counting a new version of them."""
@@ -216,6 +242,15 @@ class Offload:
 
     def is_weight(self, tensor: torch.Tensor) -> bool:
         return self._weights.find(tensor) is not None
+
+    def hinders(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        """Copies of a weight, one for each example, lie in one memory, but are not one weight."""
+        if self._private is None:
+            return None
+        for tensor in tensors((args, kwargs)):
+            if tensor.requires_grad and self.is_weight(tensor):
+                return "a parameter for each example"
+        return None
 
     def stays(self, function: str) -> None:
         if function not in self.kept_inside:
@@ -229,16 +264,20 @@ class Offload:
         role: Role = "inputs" if self._running.is_given(x) else "activations"
         weight = self._weights.find(w)
         if weight is not None:
-            trains = torch.is_grad_enabled() and w.requires_grad
-            stays = self._residency is not None and self._residency.takes(w)
+            private = self._private is not None
+            trains = (torch.is_grad_enabled() and w.requires_grad) or (private and weight.learns)
+            stays = self.residency is not None and self.residency.takes(w)
             site = Site(
-                weight.name, map_, role, True, weight.key, w if stays else None, trains=trains
-            )
+                weight.name, map_, role, True, weight.key, w if stays else None, trains=trains,
+                learns=weight.learns, private=private,
+            )  # fmt: skip
         elif isinstance(map_, MatrixProduct):
             trains = torch.is_grad_enabled()
             site = Site(self._running.next_product(), map_, role, False, (0, 0), trains=trains)
         else:  # a weight that was computed, e.g. by a parametrization
             site = Site(self._running.path or "model", map_, role, False, (0, 0))
+        if self._private is not None:
+            return self._apart(site, x, w, bias)
         plan = NOTHING
         fuses = self.scheme.fuses_relu and isinstance(map_, Convolution)
         if fuses:
@@ -259,6 +298,17 @@ class Offload:
             self._fusion.made(site.name, found)
         if chains:
             self._chains.made(site.name, found)
+        return found
+
+    def _apart(
+        self, site: Site, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Nothing is fused: the gradient of each layer's own output is looked at."""
+        assert self._private is not None
+        state = State()
+        found: torch.Tensor = Offloaded.apply(self, site, state, x, w, bias)  # type: ignore[no-untyped-call]
+        if not isinstance(site.map, MatrixProduct):
+            self._private.waiting.append(Waiting(self, site, state.saved, x, w))
         return found
 
     def _fused(self, use: Use, plan: Plan, space: Sequence[int]) -> torch.Tensor:
@@ -288,33 +338,6 @@ class Offload:
     def settle(self) -> None:
         self._fusion.settle()
         self._chains.settle()
-
-
-def _check(model: nn.Module) -> None:
-    """Raises :class:`InputError` if a model cannot be offloaded."""
-    for name, module in model.named_modules():
-        if (
-            isinstance(module, torch.jit.ScriptModule)
-            or hasattr(module, "_orig_mod")
-            or module._compiled_call_impl is not None
-        ):
-            raise InputError(
-                "a compiled model cannot be offloaded: its layers cannot be seen",
-                found=f"{name or 'the model'} of class {type(module).__name__}",
-                remedy="offload the model that it was compiled from",
-            )
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.device.type != "cpu":
-            raise InputError(
-                "a model that is offloaded lies on another device",
-                found=f"{name} on {tensor.device}",
-                expected="cpu, which is the enclave's own memory",
-                remedy="keep the model on the CPU; give devices to offload() as accelerators",
-            )
-
-
-_LOCK = threading.Lock()
-_OFFLOADED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def offload(

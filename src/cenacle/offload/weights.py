@@ -23,10 +23,12 @@ class Weight(NamedTuple):
     Attributes:
         name: the parameter's name without ``.weight``; with its rows if it is a part.
         key: equal only while nothing changed the values (see :class:`Weights`).
+        learns: whether the parameter requires a gradient.
     """
 
     name: str
     key: tuple[int, int]
+    learns: bool
 
 
 class _Entry(NamedTuple):
@@ -107,7 +109,8 @@ class Weights:
         identity = self._identities.get(view)
         if identity is None:
             identity = self._identities[view] = next(self._numbers)
-        return Weight(_name(entry.name, parameter, tensor, offset), (identity, version))
+        name = _name(entry.name, parameter, tensor, offset)
+        return Weight(name, (identity, version), parameter.requires_grad)
 
     def _forget(self, parameter: int) -> None:
         for view in [view for view in self._identities if view[0] == parameter]:

@@ -14,7 +14,7 @@ from cenacle.documents.recipe import CnnModel, GraphModel, MlpModel, Recipe
 from cenacle.errors import DataError, DocumentError
 from cenacle.training._torch import torch
 from cenacle.training.graph import MAX_ACTIVATIONS, Graph
-from cenacle.training.randomness import torch_generator
+from cenacle.training.randomness import secret_state, torch_generator
 
 __all__ = ["build_model", "load_tensors", "model_nodes", "model_shape", "model_tensors"]
 
@@ -112,7 +112,10 @@ def build_model(
             remedy="lower batch_size",
         )
     if initial is None:
-        graph.reset(torch_generator(recipe.seed, "weights", *(() if secret is None else (secret,))))
+        generator = torch_generator(recipe.seed, "weights")
+        if secret is not None:
+            generator.set_state(secret_state(secret, "weights", recipe.seed))
+        graph.reset(generator)
     else:
         load_tensors(graph, initial, "the initial weights")
     return graph

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,18 +10,20 @@ from typing import ClassVar, Final
 
 from cenacle.accelerators.protocol import Accelerator, Operation, Pending
 from cenacle.documents.offload import EnclavePlan, MeasuredPlan, OffloadPlan, PermutedPlan
+from cenacle.documents.private_recipe import check_private_offload
 from cenacle.documents.receipt import (
     AcceleratorRecord,
     DroppedAccelerator,
     LeakageRecord,
     OffloadRecord,
 )
-from cenacle.errors import AcceleratorError
+from cenacle.errors import AcceleratorError, DocumentError
 from cenacle.offload.fleet import Fleet
 from cenacle.offload.heap import keep_heap
 from cenacle.offload.integrity import Verifier
 from cenacle.offload.planned import planned_leakage, planned_scheme
 from cenacle.offload.profile import Profile
+from cenacle.offload.schemes.base import Scheme
 from cenacle.offload.session import Offload
 from cenacle.training._torch import nn, torch
 from cenacle.training.optimizers import Optimizer
@@ -66,11 +69,24 @@ class Offloading:
         self._products = 0
         self._dropped: dict[str, DroppedAccelerator] = {}
         self._kept_inside: dict[str, None] = {}
+        self._private = False
+
+    def keep_private(self) -> None:
+        """A privacy plan is kept too: all results are checked, whatever the scheme.
+
+        Raises:
+            DocumentError: it cannot be kept under this plan.
+        """
+        try:
+            check_private_offload(self.plan)
+        except ValueError as problem:
+            raise DocumentError(str(problem)) from None
+        self._private = True
 
     @property
     def leakage(self) -> LeakageRecord:
         """What accelerators learn under the plan."""
-        return planned_leakage(self.plan)
+        return planned_leakage(self.plan, private=self._private)
 
     @property
     def weights_secret(self) -> str | None:
@@ -81,6 +97,11 @@ class Offloading:
         """
         return self._secret if isinstance(self.plan, PermutedPlan) else None
 
+    @property
+    def program_secret(self) -> str:
+        """What a program's own generator starts from: its first weights are not to be guessed."""
+        return hashlib.sha256(f"program {self._secret}".encode()).hexdigest()
+
     @contextmanager
     def session(self, model: nn.Module, optimizer: Optimizer) -> Iterator[Offload]:
         """Offload one model and, if the plan says so, what its optimizer does to its weights.
@@ -89,7 +110,8 @@ class Offloading:
         """
         keep_heap()
         scheme = planned_scheme(self.plan)
-        verifier = Verifier() if self._checks and scheme.verified else None
+        verified = scheme.verified or self._private  # some schemes check by themselves
+        verifier = Verifier() if self._checks and verified else None
         lent = [_Lent(one) for one in self.accelerators]
         fleet = Fleet(lent, timeout=self._timeout, verifier=verifier, profile=self.profile)
         begin = time.perf_counter()
@@ -101,18 +123,49 @@ class Offloading:
                 session.bring_home()
             finally:
                 self._seconds += time.perf_counter() - begin
-                self._account(session, lent)
+                self._close_account(session.fleet, lent, session.kept_inside)
+
+    @contextmanager
+    def relayed(self) -> Iterator[tuple[Scheme, Fleet]]:
+        """Scheme and workers for products that another process asks for, of a model of its own.
+
+        Afterwards the accelerators hold nothing of it.
+        """
+        keep_heap()
+        scheme = planned_scheme(self.plan)
+        verifier = Verifier() if self._checks and scheme.verified else None
+        lent = [_Lent(one) for one in self.accelerators]
+        fleet = Fleet(lent, timeout=self._timeout, verifier=verifier, profile=self.profile)
+        before = self._inside
+        try:
+            scheme.attach(fleet, nn.Module())
+            try:
+                yield scheme, fleet
+            finally:
+                scheme.detach()
+        finally:
+            self._seconds += self._inside - before
+            self._close_account(fleet, lent, ())
+            fleet.close()
+
+    @property
+    def _inside(self) -> float:
+        """Seconds of all products so far, waiting included."""
+        total = self.profile.total
+        return total.enclave_seconds + total.wait_seconds
 
     @property
     def _checks(self) -> bool:
-        return not isinstance(self.plan, EnclavePlan | MeasuredPlan) and self.plan.check
+        if isinstance(self.plan, EnclavePlan | MeasuredPlan):
+            return self._private
+        return self.plan.check
 
-    def _account(self, session: Offload, lent: list[_Lent]) -> None:
+    def _close_account(self, fleet: Fleet, lent: list[_Lent], kept_inside: Sequence[str]) -> None:
         for one in lent:
             self._products += one.taken
             one.ending = True
-        self._kept_inside.update(dict.fromkeys(what[:_TEXT] for what in session.kept_inside))
-        for loss in session.losses:
+        self._kept_inside.update(dict.fromkeys(what[:_TEXT] for what in kept_inside))
+        for loss in fleet.losses:
             # A worker that was lost under an earlier model is lost again at once under each.
             self._dropped.setdefault(
                 loss.name,

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cenacle.documents.recipe import GraphModel, Recipe, TensorData
-from cenacle.errors import DataError, DocumentError, VerificationError
+from cenacle.errors import DataError, VerificationError
 from cenacle.training import checkpoint as checkpointing
 from cenacle.training._torch import torch
 from cenacle.training.checkpoint import CheckpointSink, Tensors
@@ -83,7 +83,8 @@ def train(
 
     Raises:
         DataError: the data does not fit the recipe.
-        DocumentError: the model does not fit the data, or the recipe the privacy plan.
+        DocumentError: the model does not fit the data, or the recipe or the offload plan the
+            privacy plan.
         EnclaveError: training diverged, or spent more privacy than planned.
         VerificationError: the checkpoint belongs to another job.
     """
@@ -125,7 +126,7 @@ class _Job:
         if privacy is None:
             return OrdinaryMethod(self.recipe, dataset)
         if self.offloading is not None:
-            raise DocumentError("a privacy plan cannot be kept under an offload plan yet")
+            self.offloading.keep_private()
         from cenacle.training.private import PrivateMethod  # noqa: PLC0415 - for such jobs alone
 
         return PrivateMethod(self.recipe, privacy, dataset, self.data_digest)

@@ -13,6 +13,7 @@ import pytest
 
 from cenacle.cli.offload import read_profile
 from cenacle.documents.offload_profile import PROFILE_FILE
+from cenacle.documents.privacy import PrivacyRecord
 from cenacle.enclave.channel import Message, Progress
 from cenacle.enclave.launcher import RunningEnclave
 from cenacle.enclave.sandbox import SandboxPlan, plan
@@ -21,10 +22,11 @@ from tests.support.house import House, Outcome, Sealed, patient_rows, recipe_job
 from tests.support.processes import descendants
 
 pytest.importorskip("torch", reason="recipes need torch (pip: cenacle[train])")
-pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("jobs")]
+pytestmark = pytest.mark.processes
 
 OUTPUTS = {"model": "model", "metrics": "metrics"}
 TWO = ("process", "process")
+BOTH = ["measured", pytest.param("permuted", marks=pytest.mark.slow)]  # it compiles kernels
 SCHEMES = ["enclave", "measured", "lowrank", "permuted", "masked-training"]
 
 
@@ -213,3 +215,128 @@ def test_results_under_a_blinding_scheme_are_all_checked(
     assert told.checked == told.products
     accuracy = house.metrics(outcome)["pooled"]["accuracy"]
     assert accuracy == pytest.approx(house.metrics(finished)["pooled"]["accuracy"], abs=0.2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["measured", "permuted"])
+def test_a_private_job_is_trained_on_accelerators_and_its_receipt_has_both(
+    scheme: str, house: House, open_plan: SandboxPlan
+) -> None:
+    budget = {"epsilon": 3.0, "delta": 1e-5}
+    source = house.folder / f"private-{scheme}.csv"
+    source.write_text(patient_rows(60, seed=3))
+    patients = {"a": house.seal("hospital-a", source, privacy=budget, offload=SCHEMES)}
+    job = recipe_job(
+        ["a"],
+        epochs=4,
+        every=3,
+        model={"type": "mlp", "hidden": [32]},
+        holdout={"fraction": 0.2, "stratified": False},
+    )
+    job["recipe"]["data"]["standardize"] = False
+    privacy = {
+        **budget, "clipping_norm": 1.0, "noise_multiplier": 3.0, "sampling_probability": 0.5,
+        "metrics_noise": 6.0,
+    }  # fmt: skip
+    contract = house.contract(
+        patients, job, OUTPUTS, privacy=privacy, offload=_plan_of(scheme),
+        enclave=house.enclave(open_plan),
+    )  # fmt: skip
+    outcome = house.run(house.agree(contract), patients, chosen=open_plan, accelerators=TWO)
+    assert outcome.error is None
+    found = house.verify(outcome.receipt).receipt
+    told = found.accelerators
+    assert told is not None
+    assert told.checked == told.products > 0
+    assert told.dropped == ()
+    assert "accelerators see" in found.offload.note  # what the privacy plan does not cover
+    assert isinstance(found.privacy, PrivacyRecord)
+    assert [event.steps for event in found.privacy.events] == [8, 1]
+    spent = house.client.budget(
+        house.parties["hospital-a"].signing_key, "hospital-a", patients["a"].asset.digest
+    ).spent
+    assert spent is not None
+    assert 1.0 < spent <= 3.0
+
+
+_TRAINS = """
+import numpy as np
+import torch
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = torch.nn.Linear(2, 32)
+        self.last = torch.nn.Linear(32, 1)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.first(x)))[:, 0]
+
+def run(ctx):
+    table = ctx.assets["table"].read(["age", "dose"])
+    columns = [np.asarray(table.column(name).to_numpy(), np.float32) for name in ("age", "dose")]
+    x = torch.from_numpy(np.stack(columns, 1))
+    x = (x - x.mean(0)) / x.std(0)
+    y = x[:, 0] - 0.5 * x[:, 1]
+    model = Net()
+    first = float(torch.nn.functional.mse_loss(model(x), y).detach())
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    with ctx.offload(model) as session:
+        for step in range(40):
+            loss = torch.nn.functional.mse_loss(model(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            ctx.progress(step + 1, 40)
+        hidden = session.leakage.weights
+    try:
+        import socket
+        socket.socket(socket.AF_UNIX)
+        sockets = "can be opened"
+    except PermissionError:
+        sockets = "refused"
+    try:
+        import os
+        os.memfd_create("x")
+        memory = "can be made"
+    except OSError:
+        memory = "refused"
+    ctx.output("numbers", {"first": first, "last": float(loss.detach()), "weights": hidden,
+                           "sockets": sockets, "memory": memory})
+"""
+
+
+@pytest.mark.usefixtures("program_layers")
+@pytest.mark.parametrize("scheme", BOTH)
+def test_a_program_trains_on_accelerators_that_it_has_no_way_to(
+    scheme: str, house: House, open_plan: SandboxPlan
+) -> None:
+    program = house.program(_TRAINS, offload=SCHEMES)
+    source = house.folder / f"of-a-program-{scheme}.csv"
+    source.write_text(patient_rows(60, seed=4))
+    assets = {
+        "table": house.seal(
+            "hospital-a", source, offload=SCHEMES, programs=[program.asset.package]
+        ),
+        "program": program,
+    }
+    job = {"type": "program", "program": "program"}
+    contract = house.contract(
+        assets, job, {"numbers": "metrics"}, offload=_plan_of(scheme),
+        enclave=house.enclave(open_plan),
+    )  # fmt: skip
+    outcome = house.run(house.agree(contract), assets, chosen=open_plan, accelerators=TWO)
+    assert outcome.error is None
+    numbers = house.metrics(outcome, "numbers")
+    assert numbers["last"] < 0.2 * numbers["first"]
+    assert numbers["weights"] == ("plaintext" if scheme == "measured" else "obfuscated")
+    assert (numbers["sockets"], numbers["memory"]) == ("refused", "refused")
+    found = house.verify(outcome.receipt).receipt
+    told = found.accelerators
+    assert told is not None
+    assert told.checked == (0 if scheme == "measured" else told.products)
+    assert min(told.products, told.bytes_sent, told.bytes_received) > 0
+    assert found.offload.scheme == scheme
+    costs = read_profile(outcome.receipt.parent)
+    assert [one.layer for one in costs.layers] == ["weight-1", "weight-2"]  # not the program's
+    assert _workers() == []

@@ -18,7 +18,7 @@ from cenacle.sealing import SealedReader
 from tests.support.house import House, Outcome, Sealed, Trap, patient_rows, recipe_job
 
 pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (cenacle[privacy])")
-pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("jobs")]
+pytestmark = pytest.mark.processes
 
 OUTPUTS = {"model": "model", "metrics": "metrics"}
 BUDGET = {"epsilon": 3.0, "delta": 1e-5}

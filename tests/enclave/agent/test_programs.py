@@ -21,11 +21,7 @@ from tests.support.house import House, Outcome, Sealed, patient_rows
 
 CANARY = "canary-271828"
 
-pytestmark = [
-    pytest.mark.processes,
-    pytest.mark.xdist_group("programs"),
-    pytest.mark.usefixtures("program_layers"),
-]
+pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("program_layers")]
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,9 @@ class Site:
         key: identifies the weight's values: equal only while nothing changed them.
         parameter: the weight itself, if it may stay with a worker.
         trains: whether gradients may be asked for.
+        learns: whether the weight is one that learns, in whatever mode it is used now.
+        private: gradients of the weight are of examples that are clipped one by one, so no
+            example may have a part in what is computed of another.
     """
 
     name: str
@@ -55,6 +58,8 @@ class Site:
     key: tuple[int, int]
     parameter: torch.Tensor | None = field(default=None, compare=False)
     trains: bool = False
+    learns: bool = False
+    private: bool = False
 
 
 class Needs(NamedTuple):
@@ -120,6 +125,16 @@ class Scheme(ABC):
     @abstractmethod
     def leakage(self) -> LeakageRecord:
         """What accelerators learn, part by part; goes into the receipt as it is."""
+
+    @property
+    def hinders_privacy(self) -> str | None:
+        """Why examples cannot be clipped one by one under it, and what to do; None: they can."""
+        return None
+
+    @property
+    def checks_itself(self) -> bool:
+        """Whether results are verified without the fleet's verifier."""
+        return False
 
     def attach(self, fleet: Fleet, model: nn.Module) -> None:  # noqa: ARG002
         """Begin a session; may refuse the model with :class:`RefusedError`."""

@@ -154,6 +154,15 @@ class LowRank(Scheme):
     def leakage(self) -> LeakageRecord:
         return leakage_record(self.name, self.guard, self.noise)
 
+    @property
+    def hinders_privacy(self) -> str | None:
+        if self.noise is None:
+            return None
+        return (
+            "the noise on residuals is part of the sums of gradients, so clipping does not bound "
+            "them; leave noise out"
+        )
+
     def attach(self, fleet: Fleet, model: nn.Module) -> None:
         super().attach(fleet, model)
         self._model = model
@@ -193,7 +202,7 @@ class LowRank(Scheme):
         relu: bool,
     ) -> tuple[torch.Tensor, Any]:
         rank = self.rank(site, x, w)
-        guarded = rank > 0 and w.requires_grad and self._determined(site, x, w, rank)
+        guarded = rank > 0 and site.learns and self._determined(site, x, w, rank)
         if guarded and self._model is not None and self._model.training:
             self._guarded.add(site.name)
         if rank == 0 or site.name in self._guarded:
@@ -312,8 +321,8 @@ class LowRank(Scheme):
 
     def _rank(self, site: Site, x: torch.Tensor, w: torch.Tensor, place: int) -> int:
         dense = isinstance(site.map, Dense)
-        if dense and self.noise is not None:
-            return 0
+        if dense and (self.noise is not None or site.private):
+            return 0  # rows, and with them examples, are split together
         # What a sample's matrix can have, and how many channels one output sums over.
         positions = x.shape[0] if dense else x.shape[2:].numel()
         channels, summed = x.shape[1], w.shape[1]

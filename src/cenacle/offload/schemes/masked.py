@@ -110,6 +110,10 @@ class Masked(Scheme):
             self._store = MaskStore()
         return self._store
 
+    @property
+    def hinders_privacy(self) -> str:
+        return "it is for inference, and private steps train; use permuted or lowrank"
+
     def attach(self, fleet: Fleet, model: nn.Module) -> None:
         super().attach(fleet, model)
         self._model = model

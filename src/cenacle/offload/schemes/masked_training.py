@@ -104,6 +104,13 @@ class MaskedTraining(Scheme):
             ),
         )
 
+    @property
+    def hinders_privacy(self) -> str:
+        return (
+            "its fixed point is scaled by the largest numbers of a batch, so one example changes "
+            "what is computed of all others; use permuted or lowrank"
+        )
+
     def attach(self, fleet: Fleet, model: nn.Module) -> None:
         if len(fleet.members) != 2:
             raise InputError(

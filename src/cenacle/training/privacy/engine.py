@@ -34,6 +34,7 @@ from cenacle.training.privacy.checks import backpropagate, check_losses, check_m
 from cenacle.training.privacy.clipping import AdaptiveClip, clip_factors, positive
 from cenacle.training.privacy.distributed import Ranks
 from cenacle.training.privacy.noise import Noise
+from cenacle.training.privacy.outside import outside_of
 from cenacle.training.privacy.precision import exact_products
 from cenacle.training.privacy.record import Event, Record, Sampling
 from cenacle.training.privacy.refusals import PrivacyError
@@ -281,7 +282,7 @@ class Private:
 
     def _watched(self, loss: LossFunction) -> Callable[[Tape, Any], Tensor]:
         def run(tape: Tape, batch: Any) -> Tensor:
-            with torch.enable_grad(), tape:
+            with torch.enable_grad(), outside_of(self.model).inside(), tape:
                 losses = loss(*batch)
             losses = check_losses(losses, tape)
             backpropagate(losses, self._parameters)
@@ -296,18 +297,20 @@ class _Pass:
     def __init__(self, owner: Private, loss: LossFunction, batch: Any, examples: int) -> None:
         self.owner = owner
         self.clip = owner._group_clips()[0]
+        outside = outside_of(owner.model)
         self.tape = Tape(
             owner._parameters,
             examples,
             tensors_in(batch),
             done=self._done if owner.per_layer else None,
             low=owner.norm_dtype == torch.bfloat16,
+            outside=outside,
         )
         self.sums: Sums = {}
         self.clipped: set[str] = set()
         self.waiting: list[list[Share]] = []
         try:
-            with torch.enable_grad(), self.tape:
+            with torch.enable_grad(), outside.around(), self.tape:
                 self.losses = loss(*batch)
         except BaseException:
             self.tape.close()

@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from cenacle.training.privacy.outside import Waiting, weighted_sum
 from cenacle.training.privacy.precision import upper_ghost
 
 __all__ = [
@@ -154,19 +155,23 @@ class Formed(Use):
 class Outer(Use):
     """``G_b = D_b^T X_b`` (o, k), or its transpose where the parameter is stored so."""
 
-    def __init__(self, x: Tensor, d: Tensor, *, transposed: bool = False) -> None:
-        """Take X (B, T, k) and D (B, T, o)."""
+    def __init__(
+        self, x: Tensor, d: Tensor, *, transposed: bool = False, waiting: Waiting | None = None
+    ) -> None:
+        """Take X (B, T, k) and D (B, T, o); ``waiting``, if workers have X."""
         kind = torch.float64 if d.dtype == torch.float64 else torch.float32
         self.x = x.to(kind)
         self.d = d.to(kind)
         self.transposed = transposed
+        self.waiting = waiting
         self.examples = x.shape[0]
         self.device = x.device
         self._formed: Formed | None = None
+        self._squares: Tensor | None = None
 
     def flipped(self) -> Outer:
         """The same gradients, transposed."""
-        other = Outer(self.x, self.d, transposed=not self.transposed)
+        other = Outer(self.x, self.d, transposed=not self.transposed, waiting=self.waiting)
         other.low = self.low
         return other
 
@@ -198,6 +203,10 @@ class Outer(Use):
         return total, torch.cat(factors)
 
     def square_norms(self) -> Tensor:
+        self._squares = self._square_norms()
+        return self._squares
+
+    def _square_norms(self) -> Tensor:
         b, t, _ = self.x.shape
         if t == 0:
             return torch.zeros(b, dtype=torch.float64, device=self.device)
@@ -209,7 +218,7 @@ class Outer(Use):
             formed = Formed(self.per_example())
             squares = formed.square_norms()
             if formed.gradients.numel() * formed.gradients.element_size() <= _KEEP_BYTES:
-                self._formed = formed
+                self._formed, self.waiting = formed, None
             return squares
         chunk = max(1, _GHOST_CHUNK // (t * t))
         parts = [
@@ -242,6 +251,10 @@ class Outer(Use):
     def weighted(self, factors: Tensor, *, masked: bool) -> Tensor:
         if self._formed is not None:
             return self._formed.weighted(factors, masked=masked)
+        if self.waiting is not None and not masked:
+            found = weighted_sum(self.waiting, self.d.flatten(0, 1), factors, self._squares)
+            if found is not None:
+                return found.t() if self.transposed else found
         x, d = self.x, self.d
         if masked:
             x = mask_rows(x, factors)
@@ -343,6 +356,7 @@ def merge(uses: Sequence[Use]) -> Use:
                 torch.cat([u.x for u in outers], 1),
                 torch.cat([u.d for u in outers], 1),
                 transposed=outers[0].transposed,
+                waiting=outers[0].waiting if len(outers) == 1 else None,
             )
             outer.low = outers[0].low
         if tables:

@@ -26,6 +26,7 @@ from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 
 from cenacle.training.privacy.gradients import Formed, Use
+from cenacle.training.privacy.outside import Outside, Waiting
 from cenacle.training.privacy.precision import exact_products, has_bfloat16
 from cenacle.training.privacy.refusals import KeepExamplesApartError, ReplaceOperationError
 from cenacle.training.privacy.targets import (
@@ -59,7 +60,10 @@ class Tape(TorchFunctionMode):
         watch: keep a :class:`Sight` of everything that rules see, for the probe.
         done: called when a parameter without derivations has all its gradients.
         low: norms may be upper bounds from bfloat16 products.
+        outside: who computes products with weights, where that is not done here.
     """
+
+    comes_first = True  # for modes that are entered within: what they hide would be no data
 
     def __init__(
         self,
@@ -70,9 +74,11 @@ class Tape(TorchFunctionMode):
         watch: bool = False,
         done: Callable[[Target], None] | None = None,
         low: bool = False,
+        outside: Outside | None = None,
     ) -> None:
         super().__init__()
         self.low = low
+        self._outside = outside
         self.examples = examples
         self.targets = {name: Target(name, p) for name, p in parameters.items()}
         self.derived: list[Derived] = []
@@ -156,6 +162,23 @@ class Tape(TorchFunctionMode):
                 made.prepare()
             elif len(target.uses) == target.expected and not isinstance(target, Derived):
                 self.done(target)
+
+    def product(
+        self, forward: Callable[[], Tensor], waiting: list[Waiting]
+    ) -> Callable[[], Tensor]:
+        """``forward``, a product with a weight, that tells what waits of it."""
+        if self._outside is None:
+            return forward
+        outside = self._outside
+
+        def run() -> Tensor:
+            with outside.collecting() as found:
+                out = forward()
+            if len(found) == 1:  # else it was not one product: its gradient is taken here
+                waiting.extend(found)
+            return out
+
+        return run
 
     def see(self, where: str, *tensors: Tensor | None, data: bool = True) -> None:
         """Show the probe what a rule depends on."""

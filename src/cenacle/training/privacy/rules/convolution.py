@@ -26,6 +26,7 @@ from cenacle.training.privacy.gradients import (
     repair_ghost,
     scale_rows,
 )
+from cenacle.training.privacy.outside import Waiting, weighted_sum
 from cenacle.training.privacy.tape import Tape
 from cenacle.training.privacy.targets import operation_name, rules
 
@@ -82,12 +83,21 @@ class Listed(Use):
 class ConvolutionUse(Use):
     """The weight of a convolution: X (B, c, ...), D (B, o, ...)."""
 
-    def __init__(self, x: Tensor, d: Tensor, weight: Tensor, geometry: Geometry) -> None:
+    def __init__(
+        self,
+        x: Tensor,
+        d: Tensor,
+        weight: Tensor,
+        geometry: Geometry,
+        waiting: Waiting | None = None,
+    ) -> None:
         kind = torch.float64 if d.dtype == torch.float64 else torch.float32
         self.x, self.d = x.to(kind), d.to(kind)
         self.shape, self.geometry = weight.shape, geometry
         self.examples, self.device = x.shape[0], x.device
+        self.waiting = waiting  # if workers have X
         self._formed: Formed | Listed | None = None
+        self._squares: Tensor | None = None
 
     # The kernel needs a weight for its shape alone.
     def _weight(self, copies: int = 1) -> Tensor:
@@ -134,9 +144,15 @@ class ConvolutionUse(Use):
         taps = math.prod(self.shape[2:])
         o, c = self.shape[:2]
         ghost = pixels**2 * c + positions**2 * (o + _GRAM_ADD * taps)
-        return ghost < _GHOST_SHARE * positions * taps * c * o
+        # Where the sum is taken elsewhere, it is only the forming that a ghost norm must beat.
+        share = _GHOST_SHARE if self.waiting is None else 1.0
+        return ghost < share * positions * taps * c * o
 
     def square_norms(self) -> Tensor:
+        self._squares = self._square_norms()
+        return self._squares
+
+    def _square_norms(self) -> Tensor:
         if self._formed is not None:
             return self._formed.square_norms()
         if self._ghost_pays():
@@ -179,6 +195,7 @@ class ConvolutionUse(Use):
 
     def _forget(self) -> None:
         self.x = self.d = self.d.new_empty(0)
+        self.waiting = None
 
     def _some(self, first: int) -> Listed:
         return Listed([self._one(i) for i in range(first, min(first + _SOME, self.examples))])
@@ -276,6 +293,10 @@ class ConvolutionUse(Use):
     def weighted(self, factors: Tensor, *, masked: bool) -> Tensor:
         if self._formed is not None:
             return self._formed.weighted(factors, masked=masked)
+        if self.waiting is not None and not masked:
+            found = weighted_sum(self.waiting, self.d, factors, self._squares)
+            if found is not None:
+                return found
         x, d = self.x, self.d
         if masked:
             x, d = mask_rows(x, factors), mask_rows(d, factors)
@@ -329,6 +350,7 @@ def _run(
     if torch.is_grad_enabled():
         tape.expect(w, b)
     kept = x.detach()
+    waiting: list[Waiting] = []
 
     def forward() -> Tensor:
         return torch.convolution(
@@ -337,10 +359,12 @@ def _run(
         )  # fmt: skip
 
     def take(gradient: Tensor) -> None:
+        theirs = waiting.pop() if waiting else None
+
         def use() -> Use:
-            found = ConvolutionUse(kept, gradient, plain_w, g)
             if rows == 1:
-                return found
+                return ConvolutionUse(kept, gradient, plain_w, g, theirs)
+            found = ConvolutionUse(kept, gradient, plain_w, g)
             return Formed(found.per_example().unflatten(0, (tape.examples, rows)).sum(1))  # type: ignore[no-untyped-call]
 
         tape.use(w, use)
@@ -348,7 +372,7 @@ def _run(
             summed = gradient.flatten(2).sum(2)
             tape.use(b, lambda: Formed(summed.view(tape.examples, rows, -1).sum(1)))
 
-    return tape.run(where, [x], forward, take)
+    return tape.run(where, [x], tape.product(forward, waiting), take)
 
 
 @rules(torch.conv1d, torch.conv2d, torch.conv3d)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cenacle.training.privacy.gradients import Formed, Outer
+from cenacle.training.privacy.outside import Waiting
 from cenacle.training.privacy.tape import Tape
 from cenacle.training.privacy.targets import Target, operation_name, rules
 
@@ -42,15 +43,17 @@ def product(
     if torch.is_grad_enabled():
         tape.expect(w, b)
     kept = _by_example(tape, where, x.detach())
+    waiting: list[Waiting] = []
 
     def take(gradient: Tensor) -> None:
         d = _by_example(tape, where, gradient)
-        tape.use(w, lambda: Outer(kept, d, transposed=transposed))
+        theirs = waiting.pop() if waiting else None
+        tape.use(w, lambda: Outer(kept, d, transposed=transposed, waiting=theirs))
         tape.use(b, lambda: Formed(d.sum(1).expand(-1, b.value.numel()) if b else d))
 
     if x.dim() == 1:
         tape.refuse(where, w or b)
-    return tape.run(where, [x], forward, take)
+    return tape.run(where, [x], tape.product(forward, waiting), take)
 
 
 @rules(functional.linear)
