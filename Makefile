@@ -43,6 +43,7 @@ bench: install
 	$(BIN)/python -m benchmarks.sealing --json
 	$(BIN)/python -m benchmarks.release --json
 	$(BIN)/python -m benchmarks.offload --quick --json
+	$(BIN)/python -m benchmarks.attestation --json
 
 docs: install
 	$(BIN)/python docs/generate.py

@@ -1,21 +1,19 @@
-"""What attestation costs: verification by kind, quotes through a TPM, lists of files, a VM.
+"""What attestation costs: verification by kind, quotes through a TPM, lists of files.
 
-``python -m benchmarks.attestation [--json] [--quick] [--evidence FOLDER] [--image FOLDER]``
+``python -m benchmarks.attestation [--json] [--quick] [--evidence FOLDER]``
 
 ``verify_ms``: milliseconds of processor time from bytes to claims, by kind, medians. Genuine
 evidence is needed, in FOLDER (default: CENACLE_EVIDENCE, or ``../shared/evidence``); kinds whose
 sample is not there are left out and named. ``quote_ms``: wall time of a quote through a software
-TPM. ``ima_entries_per_s``: entries judged against an allow-list. ``vm_boot_to_key_s``: wall time
-from starting a measured virtual machine to the evidence on the host, with the image in
-``--image``.
+TPM. ``ima_entries_per_s``: entries judged against an allow-list.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,6 @@ from benchmarks._attestation_devices import device_verify_ms
 from benchmarks._attestation_ima import ima_entries_per_s
 from benchmarks._attestation_intel import intel_verify_ms
 from benchmarks._attestation_tpm import tpm_ms
-from benchmarks._attestation_vm import vm_boot_to_key_s
 from benchmarks._report import report
 from cenacle.errors import CenacleError
 
@@ -34,7 +31,7 @@ def _evidence_folder(given: str | None) -> Path:
     return Path(given or os.environ.get("CENACLE_EVIDENCE") or beside)
 
 
-def measure(evidence: Path, *, quick: bool, image: Path | None = None) -> dict[str, Any]:
+def measure(evidence: Path, *, quick: bool) -> dict[str, Any]:
     """Every figure that can be had here; what cannot is named under ``skipped``."""
     rounds = 20 if quick else 200
     skipped: dict[str, str] = {}
@@ -48,12 +45,13 @@ def measure(evidence: Path, *, quick: bool, image: Path | None = None) -> dict[s
             return {}
 
     if evidence.is_dir():
-        for name, work in (
-            ("sgx, tdx", intel_verify_ms),
-            ("snp, az-snp-vtpm", amd_verify_ms),
-            ("nitro, nvidia", device_verify_ms),
-        ):
-            found["verify_ms"] |= attempt(name, lambda work=work: work(evidence, rounds))
+        vendors: dict[str, Callable[[Path, int], dict[str, float]]] = {
+            "sgx, tdx": intel_verify_ms,
+            "snp, az-snp-vtpm": amd_verify_ms,
+            "nitro, nvidia": device_verify_ms,
+        }
+        for name, work in vendors.items():
+            found["verify_ms"] |= attempt(name, partial(work, evidence, rounds))
     else:
         skipped["vendors' kinds"] = f"no genuine evidence in {evidence}"
     through_tpm = attempt("tpm", lambda: tpm_ms(10 if quick else 50))
@@ -61,10 +59,6 @@ def measure(evidence: Path, *, quick: bool, image: Path | None = None) -> dict[s
         found["verify_ms"]["tpm"] = through_tpm.pop("verify_ms")
     found |= through_tpm
     found |= attempt("ima", lambda: ima_entries_per_s(10_000 if quick else 100_000))
-    if image is None:
-        skipped["vm"] = "no --image"
-    else:
-        found |= attempt("vm", lambda: vm_boot_to_key_s(image))
     return {**found, "skipped": skipped}
 
 
@@ -73,11 +67,10 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
     parser.add_argument("--evidence", help="folder of genuine evidence")
-    parser.add_argument("--image", type=Path, help="folder of `cenacle image build`")
     given = parser.parse_args()
-    figures = measure(_evidence_folder(given.evidence), quick=given.quick, image=given.image)
+    figures = measure(_evidence_folder(given.evidence), quick=given.quick)
     report("attestation", figures, as_json=given.json)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

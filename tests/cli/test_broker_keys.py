@@ -20,7 +20,7 @@ from tests.support.swtpm import Manufacturer, Tpm, require_swtpm, run_swtpm
 
 Command = Callable[..., Any]
 
-pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("brokers")]
+pytestmark = pytest.mark.processes
 
 
 @pytest.fixture

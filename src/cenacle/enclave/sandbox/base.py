@@ -47,8 +47,8 @@ class View:
     Attributes:
         read_only: sealed assets and whatever else the job reads.
         writable: folders for sealed outputs and checkpoints.
-        sockets: unix sockets that it may connect to: the relay to the broker, and the host's hardware
-            where that makes the evidence.
+        sockets: unix sockets that it may connect to: the relay to the broker, and the host's
+            hardware where that makes the evidence.
         accelerators: whether it shares memory with accelerators over sockets that it inherits.
     """
 
