@@ -28,7 +28,7 @@ _PLAN: TypeAdapter[Any] = TypeAdapter(OffloadPlan)
 
 def _contract(plan: Fields) -> Any:
     """A contract, to what reads its plan alone."""
-    return SimpleNamespace(offload=_PLAN.validate_python(plan))
+    return SimpleNamespace(offload=_PLAN.validate_python(plan), privacy=None)
 
 
 # ------------------------------------------------------------------ words

@@ -449,7 +449,9 @@ def test_what_a_receipt_says_of_accelerators_fits_the_plan(
             "count": fields.pop("count", 2),
             "kinds": fields.pop("kinds", ("process",)),
         }
-    contract: Any = SimpleNamespace(offload=TypeAdapter(OffloadPlan).validate_python(fields))
+    contract: Any = SimpleNamespace(
+        offload=TypeAdapter(OffloadPlan).validate_python(fields), privacy=None
+    )
     record = None if used is None else OffloadRecord.from_fields({**_USED, **used})
     receipt: Any = SimpleNamespace(accelerators=record)
     if problem is None:

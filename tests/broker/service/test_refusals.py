@@ -334,18 +334,22 @@ def test_evidence_that_was_altered(world: Any, refused: Refused) -> None:
     enclave = world.enclave(world.agree())
     body = enclave.attest(b"").body
     evidence = enclave.request().evidence
-    for name, value in {
-        "layers": ["no-core-dumps", "seccomp", "landlock"],
-        "issued": "2027-01-31T12:00:01Z",
-        "installation_key": b64(SigningKey.generate().verify_key.raw),
-        "signature": body["signature"],
-        "measurements": {**evidence["body"]["measurements"], "package": OTHER},
-    }.items():
+    statement = evidence["body"]["statement"]
+    measured = {**statement["measurements"], "package": OTHER}
+    signed, bound = "not signed by the installation", "bound to another nonce"
+    for name, value, said in (
+        ("issued", "2027-01-31T12:00:01Z", signed),
+        ("installation_key", b64(SigningKey.generate().verify_key.raw), signed),
+        ("signature", body["signature"], signed),
+        ("statement", {**statement, "layers": ["seccomp", "landlock", "x"]}, bound),
+        ("statement", {**statement, "issued": "2027-01-31T12:00:01Z"}, bound),
+        ("statement", {**statement, "measurements": measured}, bound),
+    ):
         altered = {**evidence, "body": {**evidence["body"], name: value}}
         request = {"nonce": b64(enclave.nonce), "evidence": altered}
         error = refused(lambda request=request: enclave.release(**request))  # type: ignore[misc]
         assert named(error) == {"contract: evidence"}, name
-        assert "not signed by the installation" in str(error)
+        assert said in str(error), name
 
 
 def test_evidence_that_is_old(world: Any, refused: Refused) -> None:
