@@ -19,7 +19,7 @@ from cenacle.attestation.attesters import attester_for
 from cenacle.attestation.platform import MAX_EVIDENCE_BYTES, PlatformAttester, PlatformService
 from cenacle.attestation.registry import Attester
 from cenacle.crypto import SigningKey
-from cenacle.errors import CenacleError, EvidenceError, UnavailableError
+from cenacle.errors import EvidenceError, UnavailableError
 
 Attested = Any  # of conftest, which tests cannot import
 
@@ -29,7 +29,7 @@ class Hardware(Attester):
 
     kind = "snp"
 
-    def __init__(self, error: CenacleError | None = None) -> None:
+    def __init__(self, error: Exception | None = None) -> None:
         self._error = error
         self.asked: list[bytes] = []
 
@@ -90,6 +90,16 @@ def test_what_the_hardware_lacks_is_told_in_its_own_words(attested: Attested) ->
     ):
         PlatformAttester("tpm", service.path).attest(bytes(64), {}, (), attested.now)
     assert caught.value.remedy == "use another machine"
+
+
+def test_a_driver_that_fails_unforeseen_does_not_end_the_service() -> None:
+    hardware = Hardware(RuntimeError("a secret of the driver's"))
+    with PlatformService(hardware) as service:
+        for _ in range(2):
+            with pytest.raises(UnavailableError, match="hardware failed") as caught:
+                PlatformAttester("snp", service.path).collect(bytes(64), datetime.now())  # noqa: DTZ005
+            assert caught.value.found == "RuntimeError"
+    assert len(hardware.asked) == 2
 
 
 def test_an_enclave_that_asks_for_less_gets_nothing() -> None:

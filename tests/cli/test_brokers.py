@@ -349,6 +349,8 @@ def test_a_broker_proves_what_it_runs_before_it_gets_a_key(
     assert refused.code == 3
     assert "measurement package" in refused.json["what"]
     assert not (tmp_path / "second.sealed").exists()
+    by_file = alone(*seal, "--out", tmp_path / "second.sealed", "--broker", identity, "--json")
+    assert by_file.code == 3  # the same broker by another name
     trusting = alone(*seal, "--out", tmp_path / "third.sealed", "--unattested", "--json")
     assert trusting.code == 0
     assert trusting.json["broker_evidence"] is None

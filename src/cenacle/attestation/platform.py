@@ -102,16 +102,20 @@ class PlatformService:
                 return
             with connection, contextlib.suppress(OSError):
                 connection.settimeout(_TIMEOUT_S)
-                answer = json.dumps(self._answer(_read(connection, REPORT_DATA_BYTES))).encode()
+                answer = self._answer(_read(connection, REPORT_DATA_BYTES))
                 connection.sendall(_LENGTH.pack(len(answer)) + answer)
 
-    def _answer(self, bound: bytes) -> dict[str, Any]:
-        if len(bound) != REPORT_DATA_BYTES:
-            return {"error": UnavailableError("the enclave asked for less than 64 bytes").to_dict()}
+    def _answer(self, bound: bytes) -> bytes:
         try:
-            return {"body": self._attester.collect(bound, datetime.now(UTC))}
+            if len(bound) != REPORT_DATA_BYTES:
+                raise UnavailableError("the enclave asked for less than 64 bytes")
+            fields: dict[str, Any] = {"body": self._attester.collect(bound, datetime.now(UTC))}
+            return json.dumps(fields).encode()
         except CenacleError as error:
-            return {"error": error.to_dict()}
+            return json.dumps({"error": error.to_dict()}).encode()
+        except Exception as error:  # a driver's own: the next request must find someone here
+            failed = UnavailableError("the host's hardware failed", found=type(error).__name__)
+            return json.dumps({"error": failed.to_dict()}).encode()
 
 
 class PlatformAttester(Attester):

@@ -192,7 +192,7 @@ def pin(
         home = Home.default()
         home.pin(found, alias)
         if wanted is not None:
-            home.pin_reference(wanted, alias)
+            home.pin_reference(wanted, found)
         fields = {
             "alias": alias,
             "digest": found.digest,
@@ -262,7 +262,9 @@ def attest(
     with errors_in_words(json_):
         home = Home.default()
         wanted = (
-            home.broker_reference(broker) if reference is None else read_requirements(reference)
+            home.broker_reference(home.broker(broker))
+            if reference is None
+            else read_requirements(reference)
         )
         with home.client(broker) as client:
             identity, nonce = client.identity, secrets.token_bytes(NONCE_BYTES)

@@ -209,22 +209,22 @@ class Home:
         with disk_errors(f"read {path}"):
             return BrokerIdentity.from_fields(parse_json(path.read_bytes()))
 
-    def _reference_path(self, alias: str) -> Path:
-        return self.folder / "brokers" / f"{alias}.reference.json"
+    def _reference_path(self, identity: BrokerIdentity) -> Path:
+        # By the broker's keys: whatever name or file it is called by, the same must be proved.
+        name = identity.digest.removeprefix("sha256:")
+        return self.folder / "brokers" / f"{name}.reference.json"
 
-    def pin_reference(self, reference: EnclaveRequirements, alias: str = "default") -> Path:
-        """Remember what a pinned broker must prove before it gets a key."""
-        if not _ALIAS.match(alias):
-            raise InputError("a broker's alias cannot be used", found=alias, expected="a-z 0-9 -")
+    def pin_reference(self, reference: EnclaveRequirements, identity: BrokerIdentity) -> Path:
+        """Remember what a broker must prove before it gets a key."""
         self._private("brokers")
-        path = self._reference_path(alias)
+        path = self._reference_path(identity)
         write_file(path, canonical_json(reference.to_fields()))
         return path
 
-    def broker_reference(self, alias: str = "default") -> EnclaveRequirements | None:
-        """What a pinned broker must prove; ``None`` if nothing was pinned."""
-        path = self._reference_path(alias)
-        if not _ALIAS.match(alias) or not path.is_file():
+    def broker_reference(self, identity: BrokerIdentity) -> EnclaveRequirements | None:
+        """What a broker must prove; ``None`` if nothing was pinned."""
+        path = self._reference_path(identity)
+        if not path.is_file():
             return None
         with disk_errors(f"read {path}"):
             return EnclaveRequirements.from_fields(parse_json(path.read_bytes()))

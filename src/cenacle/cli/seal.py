@@ -173,7 +173,7 @@ def seal(
         home = Home.default()
         with home.client_as(as_, broker) as (keys, client):
             client.check_identity()
-            attested = _require_attested(home, client, broker, unattested=unattested, quiet=json_)
+            attested = _require_attested(home, client, unattested=unattested, quiet=json_)
             with progress_bar(f"sealing {source.name}", not json_) as bar:
                 sealed = seal_asset(
                     keys,
@@ -215,10 +215,10 @@ def seal(
 
 
 def _require_attested(
-    home: Home, client: BrokerClient, alias: str, *, unattested: bool, quiet: bool
+    home: Home, client: BrokerClient, *, unattested: bool, quiet: bool
 ) -> str | None:
     """The kind of evidence that the broker showed; ``None`` if nothing was demanded of it."""
-    reference = home.broker_reference(alias)
+    reference = home.broker_reference(client.identity)
     if unattested or reference is None:
         if not quiet:
             why = "--unattested" if unattested else "no reference values are pinned with it"
