@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
+from benchmarks._attestation_timing import verify_ms
 from cenacle.attestation import snp_certificates, snp_chain
 from cenacle.attestation.az_snp_vtpm import AzSnpVtpmVerifier
 from cenacle.attestation.claims import Evidence
@@ -17,24 +15,6 @@ from cenacle.attestation.snp import SnpVerifier
 __all__ = ["amd_verify_ms"]
 
 _WHEN = datetime(2025, 12, 1, tzinfo=UTC)  # within the sample's validity
-
-
-def _forget() -> None:
-    """Empty every cache of certificates, as in a process that has just started."""
-    for module in (snp_certificates, snp_chain):
-        for value in vars(module).values():
-            if hasattr(value, "cache_clear"):
-                value.cache_clear()
-
-
-def _median_ms(run: Callable[[], object], before: Callable[[], object], rounds: int) -> float:
-    times = []
-    for _ in range(rounds):
-        before()
-        start = time.thread_time()
-        run()
-        times.append(time.thread_time() - start)
-    return round(statistics.median(times) * 1e3, 3)
 
 
 def amd_verify_ms(folder: Path, rounds: int = 200) -> dict[str, float]:
@@ -54,15 +34,7 @@ def amd_verify_ms(folder: Path, rounds: int = 200) -> dict[str, float]:
         (SnpVerifier(), Evidence(kind="snp", body=report)),
         (AzSnpVtpmVerifier(), Evidence(kind="az-snp-vtpm", body=body)),
     ]
-    found = {}
-    for verifier, evidence in kinds:
-
-        def run(verifier: Verifier = verifier, evidence: Evidence = evidence) -> object:
-            return verifier.inspect(evidence, _WHEN)
-
-        found[verifier.kind] = _median_ms(run, _forget, rounds)
-        found[f"{verifier.kind} again"] = _median_ms(run, lambda: None, rounds)
-    return found
+    return verify_ms(kinds, _WHEN, rounds, (snp_certificates, snp_chain))
 
 
 if __name__ == "__main__":
