@@ -293,6 +293,10 @@ POSTS = [
     "/v1/checkpoints",
     "/v1/settlements",
     "/v1/abandonments",
+    "/v1/budgets",
+    "/v1/attestation",
+    "/v1/attestation/keys",
+    "/v1/attestation/keys/activate",
 ]
 ENVELOPE = {"payload": "e30=", "payloadType": "x", "signatures": []}
 BODIES: list[bytes] = [
