@@ -121,6 +121,15 @@ PROGRAM_JOB: dict[str, Any] = {
     "parameters": {"epochs": 20, "rate": 1e-3},
 }
 
+SERVE_JOB: dict[str, Any] = {
+    "type": "serve",
+    "model": "a",
+    "front": digest("front"),
+    "outputs": {"form": "top-k", "k": 3, "decimals": 2},
+    "tickets": "hospital-a",
+}
+SERVING: dict[str, Any] = {"outputs": {"form": "top-k", "k": 3, "decimals": 2}, "tickets": True}
+
 
 def contract_fields(assets: dict[str, Asset], job: dict[str, Any]) -> dict[str, Any]:
     return {
@@ -228,6 +237,7 @@ def _examples() -> dict[str, Document]:
         "asset-program": program,
         "contract-recipe": contract,
         "contract-program": with_program,
+        "contract-serve": Scenario(job=copy.deepcopy(SERVE_JOB)).build()[0],
         "veto": Veto.from_fields(
             {"contract": contract.digest, "party": "clinic", "reason": "wrong recipe — Größe"}
         ),
@@ -250,20 +260,6 @@ def _examples() -> dict[str, Document]:
         ),
         "evidence": Evidence.from_fields({"kind": "tpm", "body": {"quote": "AAAA", "pcrs": [1]}}),
     }
-
-
-EXAMPLES = _examples()
-
-
-@pytest.fixture(params=sorted(EXAMPLES))
-def example(request: pytest.FixtureRequest) -> tuple[str, Document]:
-    """Each worked example in turn, with its name."""
-    return request.param, EXAMPLES[request.param]
-
-
-@pytest.fixture(scope="session")
-def examples() -> dict[str, Document]:
-    return EXAMPLES
 
 
 @pytest.fixture(scope="session")
@@ -293,6 +289,8 @@ class Scenario:
 
     def build(self) -> tuple[Contract, dict[str, Asset]]:
         terms = {k: v for k, v in {**TERMS, **self.terms}.items() if k not in self.without}
+        if self.job["type"] == "serve":
+            return self._build_serving(terms)
         assets = {
             "a": Asset.from_fields({**asset_fields("hospital-a", terms), **self.asset}),
             "b": Asset.from_fields(asset_fields("hospital-b")),
@@ -301,6 +299,17 @@ class Scenario:
             own = {**TERMS, "price": None}
             assets["trainer"] = Asset.from_fields({**program_fields(own), **self.program})
         fields = contract_fields(assets, self.job)
+        fields["assets"]["a"].update(self.ref)
+        return Contract.from_fields({**fields, **self.contract}), assets
+
+    def _build_serving(self, terms: dict[str, Any]) -> tuple[Contract, dict[str, Asset]]:
+        model = {"type": "model", "content": "tensors", "layout": {}}
+        own = {"serving": SERVING, **terms}
+        own = {k: v for k, v in own.items() if k not in self.without}
+        fields = {**asset_fields("hospital-a", own), **model, **self.asset}
+        assets = {"a": Asset.from_fields(fields)}
+        report = [{"name": "use", "kind": "metrics", "recipient": "clinic"}]
+        fields = {**contract_fields(assets, self.job), "outputs": report}
         fields["assets"]["a"].update(self.ref)
         return Contract.from_fields({**fields, **self.contract}), assets
 
@@ -315,6 +324,20 @@ class Scenario:
             facts=self.facts,
             loss=self.loss,
         )
+
+
+EXAMPLES = _examples()
+
+
+@pytest.fixture(params=sorted(EXAMPLES))
+def example(request: pytest.FixtureRequest) -> tuple[str, Document]:
+    """Each worked example in turn, with its name."""
+    return request.param, EXAMPLES[request.param]
+
+
+@pytest.fixture(scope="session")
+def examples() -> dict[str, Document]:
+    return EXAMPLES
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,12 @@ Change = Callable[[Scenario], None]
 
 PROGRAM_JOB = {"type": "program", "program": "trainer", "parameters": {}}
 OTHER = "sha256:" + "0" * 64
+SERVE_JOB = {
+    "type": "serve",
+    "model": "a",
+    "outputs": {"form": "top-k", "k": 3, "decimals": 2},
+    "tickets": "hospital-a",
+}
 
 RECIPE_CLAUSES = [
     "identity",
@@ -39,6 +45,7 @@ RECIPE_CLAUSES = [
     "price",
 ]
 PROGRAM_CLAUSES = ["program" if name == "recipe" else name for name in RECIPE_CLAUSES]
+SERVE_CLAUSES = ["serving" if name == "recipe" else name for name in RECIPE_CLAUSES]
 
 
 def test_the_example_meets_every_clause(scenario: Scenario) -> None:
@@ -121,6 +128,24 @@ def program(change: Change) -> Change:
     return apply
 
 
+def serve(change: Change) -> Change:
+    def apply(s: Scenario) -> None:
+        s.job = copy.deepcopy(SERVE_JOB)
+        change(s)
+
+    return apply
+
+
+def served(outputs: dict[str, Any], *, allowed: dict[str, Any]) -> Change:
+    """What a query is told, and what the owner allows it to be told."""
+
+    def apply(s: Scenario) -> None:
+        serve(terms(serving={"outputs": allowed}))(s)
+        s.job["outputs"] = outputs
+
+    return apply
+
+
 MODEL = ("model", "model", "clinic")
 END = datetime(2027, 12, 31, 23, 59, 59, tzinfo=UTC)
 
@@ -157,6 +182,38 @@ VIOLATIONS = [
     pytest.param("recipe", terms(recipes=["mlp", "cnn"]), id="other models allowed"),
     pytest.param("recipe", terms(recipes=[OTHER]), id="another recipe's digest allowed"),
     pytest.param("recipe", terms(recipes=["logisti", "logistic2"]), id="no prefix matching"),
+    # serving
+    pytest.param("serving", serve(without("serving")), id="serving absent: not at all"),
+    pytest.param("serving", serve(terms(serving={})), id="by default the label alone"),
+    pytest.param(
+        "serving", served({"form": "scores"}, allowed={"form": "top-k", "k": 3}), id="all scores"
+    ),
+    pytest.param(
+        "serving",
+        served({"form": "top-k", "k": 4}, allowed={"form": "top-k", "k": 3}),
+        id="one label too many",
+    ),
+    pytest.param(
+        "serving",
+        served({"form": "scores", "decimals": 3}, allowed={"form": "scores", "decimals": 2}),
+        id="a decimal too many",
+    ),
+    pytest.param(
+        "serving",
+        served({"form": "top-k", "k": 1}, allowed={"form": "scores", "decimals": 2}),
+        id="not rounded",
+    ),
+    pytest.param("serving", serve(lambda s: s.job.pop("tickets")), id="no tickets"),
+    pytest.param(
+        "serving", serve(lambda s: s.job.update(tickets="hospital-b")), id="another's tickets"
+    ),
+    pytest.param("serving", serve(asset(type="dataset")), id="no model"),
+    pytest.param("serving", serve(asset(content="file")), id="a model that is no tensors"),
+    pytest.param(
+        "protection",
+        serve(terms(protection={"training": "measured", "inference": "tee"})),
+        id="tee demanded of inference",
+    ),
     # offload
     pytest.param("offload", terms(offload=[]), id="no scheme allowed"),
     pytest.param("offload", terms(offload=["permuted"]), id="another scheme allowed"),
@@ -231,8 +288,16 @@ def test_one_violation_fails_one_clause(scenario: Scenario, name: str, change: C
     assert wrong.found.strip()
     assert wrong.demanded.strip()
     assert wrong.remedy
-    expected = PROGRAM_CLAUSES if example.job["type"] == "program" else RECIPE_CLAUSES
+    expected = {"program": PROGRAM_CLAUSES, "recipe": RECIPE_CLAUSES, "serve": SERVE_CLAUSES}[
+        example.job["type"]
+    ]
     assert [clause.name for clause in clauses] == expected
+
+
+def test_serving_meets_every_clause(scenario: Scenario) -> None:
+    clauses = scenario(job=copy.deepcopy(SERVE_JOB)).clauses()
+    assert [clause.name for clause in clauses] == SERVE_CLAUSES
+    assert all_met(clauses)
 
 
 def test_every_field_of_the_terms_is_violated_above() -> None:
@@ -274,6 +339,26 @@ def test_every_field_of_the_terms_is_violated_above() -> None:
         pytest.param(lambda s: (terms(approval="terms")(s), signed()(s)), id="the terms suffice"),
         pytest.param(program(terms(recipes=[])), id="recipes do not concern a program"),
         pytest.param(terms(programs=[]), id="programs do not concern a recipe"),
+        pytest.param(serve(terms(recipes=[], programs=[])), id="they do not concern serving"),
+        pytest.param(
+            serve(terms(protection={"training": "tee", "inference": "measured"})),
+            id="measured is enough for inference",
+        ),
+        pytest.param(
+            served({"form": "label"}, allowed={"form": "top-k", "k": 1, "decimals": 0}),
+            id="a label tells less than any score",
+        ),
+        pytest.param(
+            served({"form": "top-k", "k": 9, "decimals": 1}, allowed={"form": "scores"}),
+            id="some scores tell less than all",
+        ),
+        pytest.param(
+            lambda s: (
+                serve(terms(serving={"tickets": False, "outputs": SERVE_JOB["outputs"]}))(s),
+                s.job.pop("tickets"),
+            ),
+            id="no tickets demanded",
+        ),
     ],
 )
 def test_what_is_allowed(scenario: Scenario, change: Change) -> None:

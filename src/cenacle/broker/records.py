@@ -21,6 +21,7 @@ from cenacle.documents.asset import Asset
 from cenacle.documents.contract import Contract, ProgramJob, RecipeJob, Veto
 from cenacle.documents.dsse import Envelope
 from cenacle.documents.party import Party
+from cenacle.documents.serving import ServeJob
 from cenacle.errors import InputError, SignatureError, VerificationError
 
 __all__ = [
@@ -82,7 +83,7 @@ class _StoredRecipeJob(RecipeJob):
 
 
 class _StoredContract(Contract):
-    job: Annotated[_StoredRecipeJob | ProgramJob, Field(discriminator="type")]
+    job: Annotated[_StoredRecipeJob | ProgramJob | ServeJob, Field(discriminator="type")]
 
     @cached_property
     def digest(self) -> str:

@@ -23,6 +23,7 @@ from cenacle.documents.clauses import Clause, check, failed
 from cenacle.documents.contract import Contract, ProgramJob, RecipeJob
 from cenacle.documents.matching import UseFacts, match_terms
 from cenacle.documents.privacy import PrivacyLoss
+from cenacle.documents.serving import ServeJob
 from cenacle.errors import RefusedError
 
 __all__ = ["Facts", "Lineage", "decide", "expected_program", "require", "superseded_by"]
@@ -79,11 +80,11 @@ class Facts:
 def expected_program(contract: Contract, assets: Mapping[str, Asset]) -> str:
     """The ``program`` measurement that the job demands.
 
-    For a recipe the digest of the recipe; for a sealed program the digest of its container's
-    ciphertext, which the enclave can measure before it has any key.
+    For a recipe or serving the digest of what the contract says of it; for a sealed program the
+    digest of its container's ciphertext, which the enclave can measure before it has any key.
     """
     match contract.job:
-        case RecipeJob():
+        case RecipeJob() | ServeJob():
             return contract.job.program_digest()
         case ProgramJob():
             return assets[contract.job.program].container.digest

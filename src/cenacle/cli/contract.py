@@ -28,9 +28,10 @@ from cenacle.cli.privacy import completed_plan, privacy_in_words
 from cenacle.documents.approval import describe_rule
 from cenacle.documents.asset import Asset
 from cenacle.documents.base import Digest, Frozen, Name, parse_yaml, short
-from cenacle.documents.contract import Contract, RecipeJob
+from cenacle.documents.contract import Contract, ProgramJob, RecipeJob
 from cenacle.documents.dsse import Envelope
 from cenacle.documents.party import Party
+from cenacle.documents.serving import ServeJob
 from cenacle.errors import InputError
 
 __all__ = [
@@ -192,15 +193,17 @@ def propose(
 def contract_in_words(opened: OpenedContract) -> list[str]:
     """What a contract permits, one sentence a line."""
     c = opened.contract
-    if isinstance(c.job, RecipeJob):
-        recipe = c.job.recipe
-        what = (
-            f"trains a {recipe.model.type} model ({recipe.task}) for {recipe.epochs} epochs; "
-            "no custom code"
-        )
-    else:
-        package = opened.assets[c.job.program].package
-        what = f"runs program {c.job.program} (package {package}) at {c.job.entry}"
+    match c.job:
+        case RecipeJob(recipe=recipe):
+            what = (
+                f"trains a {recipe.model.type} model ({recipe.task}) for {recipe.epochs} epochs; "
+                "no custom code"
+            )
+        case ServeJob():
+            what = f"serves {c.job.model} to whoever reaches it: {_serving_in_words(c.job)}"
+        case ProgramJob():
+            package = opened.assets[c.job.program].package
+            what = f"runs program {c.job.program} (package {package}) at {c.job.entry}"
     lines = [
         f"Contract {c.name}, for the purpose {c.purpose!r}, {what}.",
         *(
@@ -228,6 +231,21 @@ def contract_in_words(opened: OpenedContract) -> list[str]:
     if c.replaces:
         lines.append(f"It replaces contract {short(c.replaces)}.")
     return lines
+
+
+def _serving_in_words(job: ServeJob) -> str:
+    parts = [
+        "any number of queries"
+        if job.tickets is None
+        else f"queries with tickets of {job.tickets}",
+        "sealed, so that the operator cannot read them"
+        if job.sealed_only
+        else "which the operator reads unless they are sealed",
+        f"each told {job.outputs.in_words()}",
+    ]
+    if job.front is not None:
+        parts.append(f"what comes before it, {short(job.front)}, runs outside")
+    return "; ".join(parts)
 
 
 def review(

@@ -38,6 +38,9 @@ recipients: []           # who may receive outputs: names, or name@sha256:...
 outputs: []              # kinds that may leave: model, metrics, table, file
 purposes: []             # purposes that a contract may state
 uses: 1                  # runs in all
+# serving: {outputs: {form: label}, tickets: true}   # for a model: how it may be served. What a
+                         # query may be told (label | top-k | scores, decimals), and whether it
+                         # needs a ticket that you signed; left out, the model is not served
 expires: 2027-12-31
 approval: owner          # owner: you sign each contract | terms: meeting these terms suffices
 # price: {amount: 5000, currency: EUR}   # in cents, for each use
@@ -106,6 +109,7 @@ def in_words(terms: Terms, owner: str = "the owner") -> list[str]:
         f"What may leave: {some(terms.outputs)}; to: {some(recipients)}.",
         f"Purposes: {some(terms.purposes)}.",
         f"Uses in all: {terms.uses}, until {terms.expires}.",
+        "It may not be served." if terms.serving is None else terms.serving.in_words(),
         "Price: none."
         if terms.price is None
         else f"Price of a use: {terms.price.amount / 100:.2f} {terms.price.currency}.",

@@ -20,6 +20,7 @@ from cenacle.documents.matching import UseFacts, match_terms
 from cenacle.documents.party import Party
 from cenacle.documents.receipt import Receipt, ReceiptBundle, Statement
 from cenacle.documents.recipe import Recipe
+from cenacle.documents.serving import OutputPolicy, ServeJob, ServingTerms
 from cenacle.documents.terms import Price, PrivacyBudget, Terms
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "Envelope",
     "OffloadPlan",
     "Output",
+    "OutputPolicy",
     "Party",
     "Payment",
     "Price",
@@ -46,6 +48,8 @@ __all__ = [
     "Recipe",
     "RecipeJob",
     "Rule",
+    "ServeJob",
+    "ServingTerms",
     "Statement",
     "Terms",
     "UseFacts",

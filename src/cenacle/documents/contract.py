@@ -40,6 +40,7 @@ from cenacle.documents.protection import (
     protection_of,
 )
 from cenacle.documents.recipe import GraphModel, Recipe
+from cenacle.documents.serving import ServeJob
 from cenacle.documents.terms import OutputKind
 
 __all__ = [
@@ -50,11 +51,17 @@ __all__ = [
     "OffloadPlan",
     "Output",
     "Payment",
+    "REATTEST_SECONDS",
     "ProgramJob",
     "RecipeJob",
+    "ServeJob",
     "Veto",
 ]
 
+REATTEST_SECONDS: Final = 300
+"""How often evidence that can drift is made again where a contract does not say."""
+
+_DRIFTING: Final = frozenset({"ima", "tpm"})
 _IDENTIFIER = "[A-Za-z_][A-Za-z0-9_]*"
 _RECIPE_OUTPUTS = ("model", "metrics")
 
@@ -100,7 +107,7 @@ class ProgramJob(Frozen):
     parameters: JsonObject = Field(default_factory=dict)
 
 
-Job = Annotated[RecipeJob | ProgramJob, Field(discriminator="type")]
+Job = Annotated[RecipeJob | ProgramJob | ServeJob, Field(discriminator="type")]
 
 
 class EnclaveRequirements(Frozen):
@@ -114,6 +121,10 @@ class EnclaveRequirements(Frozen):
             versions, chips), as the kind's own policy states it
             (:mod:`cenacle.attestation.policies`); the strictest where it is left out.
         layers: sandbox layers that must be active.
+        reattest_seconds: how often the enclave has to prove itself again while the job runs; 0:
+            never. Left out, it is :data:`REATTEST_SECONDS` for evidence of a running system,
+            which can drift (``ima``, ``tpm``, ``composite`` that starts with one of them), and
+            never for the rest. See :meth:`reattest_interval`.
     """
 
     reference: Annotated[
@@ -128,6 +139,7 @@ class EnclaveRequirements(Frozen):
     ]
     policy: Annotated[dict[Name, JsonObject], Field(min_length=1)] | None = None
     layers: tuple[Name, ...] = ()
+    reattest_seconds: Annotated[int, Field(ge=0, le=86_400)] | None = None
 
     @model_validator(mode="after")
     def _policies_are_used(self) -> Self:
@@ -151,6 +163,14 @@ class EnclaveRequirements(Frozen):
     def policy_for(self, kind: str) -> JsonObject:
         """The fields of the policy of an evidence kind; empty for the strictest."""
         return (self.policy or {}).get(kind, {})
+
+    def reattest_interval(self, kind: str) -> int | None:
+        """Seconds between two proofs of an enclave that shows evidence of ``kind``; None: never."""
+        if self.reattest_seconds is not None:
+            return self.reattest_seconds or None
+        parts = self.policy_for(kind).get("kinds") if kind == "composite" else [kind]
+        first = parts[0] if isinstance(parts, list) and parts else None
+        return REATTEST_SECONDS if first in _DRIFTING else None
 
     @property
     def weakest(self) -> Protection:
@@ -227,7 +247,10 @@ class Contract(Document):
             "approval": set(parties_of(self.approval)),
             "vetoes": set(self.vetoes),
             "payments": {p for pay in self.payments for p in (pay.payer, pay.payee)},
+            "tickets": set(),
         }
+        if isinstance(self.job, ServeJob) and self.job.tickets is not None:
+            named["tickets"] = {self.job.tickets}
         for field, names in named.items():
             if unknown := sorted(names - set(self.parties)):
                 raise ValueError(f"{field} name {', '.join(unknown)}, not listed under parties")
@@ -235,22 +258,28 @@ class Contract(Document):
             raise ValueError("one party stands under two names")
         if len({ref.digest for ref in self.assets.values()}) != len(self.assets):
             raise ValueError("one asset stands under two aliases")
-        wanted = (
-            {self.job.program} if isinstance(self.job, ProgramJob) else set(self.job.recipe.aliases)
-        )
+        wanted = _aliases(self.job)
         if unknown := sorted(wanted - set(self.assets)):
             raise ValueError(f"the job uses {', '.join(unknown)}, not listed under assets")
-        if isinstance(self.job, RecipeJob) and (unused := sorted(set(self.assets) - wanted)):
-            raise ValueError(f"the recipe does not use {', '.join(unused)}; remove from assets")
+        # What a program reads is known to nobody.
+        if not isinstance(self.job, ProgramJob) and (unused := sorted(set(self.assets) - wanted)):
+            raise ValueError(
+                f"the {self.job.type} job does not use {', '.join(unused)}; remove from assets"
+            )
         return self
 
     @model_validator(mode="after")
-    def _recipe_makes_the_outputs(self) -> Self:
+    def _job_makes_the_outputs(self) -> Self:
         for output in self.outputs:
             if isinstance(self.job, RecipeJob) and output.kind not in _RECIPE_OUTPUTS:
                 raise ValueError(
                     f"output {output.name} is a {output.kind}, but a recipe makes only "
                     f"{' and '.join(_RECIPE_OUTPUTS)}: change its kind, or run a program"
+                )
+            if isinstance(self.job, ServeJob) and output.kind != "metrics":
+                raise ValueError(
+                    f"output {output.name} is a {output.kind}, but serving makes only metrics, "
+                    "the report of its use: change its kind"
                 )
         return self
 
@@ -262,6 +291,11 @@ class Contract(Document):
         if isinstance(self.job, ProgramJob):
             _check_program_offload(plan)
             return self
+        if isinstance(self.job, ServeJob):
+            raise ValueError(
+                "a served model is not offloaded: leave offload out, and cut the model earlier or "
+                "later to choose what runs outside"
+            )
         if plan.scheme == "masked":
             raise ValueError(
                 "offload masked is for inference, but a recipe trains: use masked-training, or "
@@ -293,6 +327,11 @@ class Contract(Document):
                 "a privacy plan is for recipes: what a program does with records cannot be known; "
                 "leave privacy out"
             )
+        if isinstance(self.job, ServeJob):
+            raise ValueError(
+                "a privacy plan is for training; what a served model tells is the job's outputs: "
+                "leave privacy out"
+            )
         check_private_offload(self.offload)
         metrics = any(output.kind == "metrics" for output in self.outputs)
         check_private_recipe(self.privacy, self.job.recipe, metrics=metrics)
@@ -318,8 +357,13 @@ class Contract(Document):
 
     @property
     def use(self) -> Use:
-        """What the job does with its assets: a recipe trains; of a program nobody knows."""
-        return "training" if isinstance(self.job, RecipeJob) else "any"
+        """What the job does with its assets; of a program nobody knows."""
+        match self.job:
+            case RecipeJob():
+                return "training"
+            case ServeJob():
+                return "inference"
+        return "any"
 
     @property
     def _starts_from_weights(self) -> bool:
@@ -344,6 +388,17 @@ class Contract(Document):
             for pay in self.payments
             if pay.payee == payee and pay.payer != payee and pay.currency == currency
         )
+
+
+def _aliases(job: Job) -> set[str]:
+    """The assets without which the job cannot run."""
+    match job:
+        case RecipeJob():
+            return set(job.recipe.aliases)
+        case ProgramJob():
+            return {job.program}
+        case ServeJob():
+            return {job.model}
 
 
 def _check_program_offload(plan: OffloadPlan) -> None:

@@ -14,7 +14,7 @@ from datetime import datetime
 from cenacle.documents.asset import Asset
 from cenacle.documents.base import minutes, parse_time, short
 from cenacle.documents.clauses import Clause, check
-from cenacle.documents.contract import AssetRef, Contract, RecipeJob
+from cenacle.documents.contract import AssetRef, Contract, RecipeJob, ServeJob
 from cenacle.documents.privacy import PrivacyLoss
 from cenacle.documents.protection import (
     Protection,
@@ -187,6 +187,8 @@ def _job(alias: str, assets: Mapping[str, Asset], contract: Contract, subject: s
             _listed(short(r) if r.startswith("sha256:") else r for r in terms.recipes),
             "choose a recipe that the owner allows",
         )
+    if isinstance(job, ServeJob):
+        return _serving(assets[alias], job, subject)
     package = assets[job.program].package
     if alias == job.program:
         return check(
@@ -204,6 +206,33 @@ def _job(alias: str, assets: Mapping[str, Asset], contract: Contract, subject: s
         "not a program" if package is None else short(package),
         _listed(short(p) for p in terms.programs),
         "ask the owner to allow this very program",
+    )
+
+
+def _serving(asset: Asset, job: ServeJob, subject: str) -> Clause:
+    terms = asset.terms.serving
+    tickets = "no tickets" if job.tickets is None else f"tickets of {job.tickets}"
+    found = f"{job.outputs.in_words()}, for {tickets}"
+    if terms is None or asset.type != "model" or asset.content != "tensors":
+        return check(
+            subject,
+            "serving",
+            False,
+            found if terms is None else f"a {asset.type} of {asset.content}",
+            "not to be served" if terms is None else "a model whose tensors `cenacle cut` wrote",
+            "ask the owner to state serving in the terms"
+            if terms is None
+            else "seal the tail that `cenacle cut` writes as a model",
+        )
+    return check(
+        subject,
+        "serving",
+        job.outputs.tells_at_most(terms.outputs)
+        and (not terms.tickets or job.tickets == asset.owner),
+        found,
+        f"at most {terms.outputs.in_words()}"
+        + (f", for tickets of {asset.owner}" if terms.tickets else ""),
+        "let queries be told less, and name the owner as issuer of tickets where they are demanded",
     )
 
 

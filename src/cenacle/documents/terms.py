@@ -12,6 +12,7 @@ from pydantic import Field, StringConstraints
 
 from cenacle.documents.base import Digest, Document, Frozen, Natural, NonEmpty, Timestamp
 from cenacle.documents.protection import Protection, ProtectionByUse
+from cenacle.documents.serving import ServingTerms
 
 __all__ = ["OutputKind", "PartyPattern", "Price", "PrivacyBudget", "Terms"]
 
@@ -62,6 +63,7 @@ class Terms(Document):
         outputs: kinds of output that may leave the enclave. Default none.
         purposes: purposes that a contract may state. Default none.
         uses: how many runs in all. Default one.
+        serving: how a model may be served. Absent: not at all.
         expires: after this moment, no use.
         price: what a contract must pay the owner for a use. Absent: nothing.
         approval: ``owner``: the owner signs each contract (default). ``terms``: a contract
@@ -81,6 +83,7 @@ class Terms(Document):
     outputs: tuple[OutputKind, ...] = ()
     purposes: tuple[NonEmpty, ...] = ()
     uses: Natural = 1
+    serving: ServingTerms | None = None
     expires: Timestamp
     price: Price | None = None
     approval: Literal["owner", "terms"] = "owner"
