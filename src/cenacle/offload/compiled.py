@@ -1,6 +1,6 @@
 """The kernels of :mod:`cenacle.offload.kernels` as machine code, through numba.
 
-Importing this module needs numba (``pip install cenacle[fast]``). Each kernel is compiled when
+Importing this module needs numba (``pip install cenacle[offload]``). Each kernel is compiled when
 it is first used, in about a second; nothing is written to disk. Kernels run without the GIL,
 on one thread, and trust their arguments: the caller has checked shapes and indices.
 

@@ -1,6 +1,6 @@
 """Masking and unmasking as machine code, through numba: one pass over memory each.
 
-Importing this module needs numba (``pip install cenacle[fast]``). Kernels are compiled when
+Importing this module needs numba (``pip install cenacle[offload]``). Kernels are compiled when
 they are first used, in about two seconds; nothing is written to disk. They run without the
 GIL, on one thread, and trust their arguments.
 

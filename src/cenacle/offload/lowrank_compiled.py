@@ -1,6 +1,6 @@
 """Machine code for the enclave's part of ``lowrank``, through numba.
 
-Importing this module needs numba (``pip install cenacle[fast]``). Kernels are compiled when
+Importing this module needs numba (``pip install cenacle[offload]``). Kernels are compiled when
 first used, run without the GIL on one thread, and trust their arguments. They compute what
 :mod:`cenacle.offload.lowrank_split` does with BLAS, to rounding.
 
