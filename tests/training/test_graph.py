@@ -75,6 +75,27 @@ SEQUENCES: list[tuple[tuple[dict[str, Any], ...], Callable[[], nn.Module], tuple
     ),
     (
         (
+            node("pad", "z", padding=[0, 1, 2, 3]),
+            node("conv2d", "c", out_channels=4, kernel_size=3, stride=2),
+            node("relu6", "r"),
+            node("hard_swish", "w"),
+            node("hard_sigmoid", "s"),
+            node("flatten", "f", start_axis=2),
+        ),
+        lambda: nn.Sequential(
+            OrderedDict(
+                z=nn.ZeroPad2d((0, 1, 2, 3)),
+                c=nn.Conv2d(3, 4, 3, 2),
+                r=nn.ReLU6(),
+                w=nn.Hardswish(),
+                s=nn.Hardsigmoid(),
+                f=nn.Flatten(2),
+            )
+        ),
+        (3, 8, 9),
+    ),
+    (
+        (
             node("conv1d", "c", out_channels=5, kernel_size=3),
             node("batch_norm", "n"),
             node("relu", "r"),
@@ -116,6 +137,35 @@ def test_equals_torch(
         module.train(training)
         torch.testing.assert_close(graph(x), module(x), rtol=0, atol=0)
     assert graph.output_shape == tuple(module(x).shape[1:])
+
+
+def test_select_and_scale_channels_are_what_they_say() -> None:
+    nodes = (
+        node("adaptive_avg_pool2d", "pool"),
+        node("sigmoid", "gate"),
+        node("scale_channels", "scaled", "input", "gate"),
+        node("select", "one", axis=2, index=1),
+    )
+    graph = make(nodes, (3, 4, 5))
+    x = torch.randn(2, 3, 4, 5, generator=torch_generator(0, "x"))
+    wanted = (x * torch.sigmoid(x.mean((2, 3), keepdim=True)))[:, :, 1]
+    torch.testing.assert_close(graph(x), wanted)
+    assert graph.shapes["scaled"] == (3, 4, 5)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "shape", "message"),
+    [
+        ((node("select", "s", axis=1, index=3),), (3, 4), "axis 1 has 3 entries"),
+        ((node("pad", "p", padding=[1, 1, 1, 1]),), (3,), "have rank 1"),
+        ((node("relu", "r"), node("scale_channels", "s", "r", "input")), (3, 4), "one number a"),
+    ],
+)
+def test_new_layers_refuse_what_does_not_fit(
+    nodes: tuple[dict[str, Any], ...], shape: tuple[int, ...], message: str
+) -> None:
+    with pytest.raises(DocumentError, match=message):
+        make(nodes, shape)
 
 
 def test_residual_block_has_torchs_gradients() -> None:

@@ -14,6 +14,8 @@ from cenacle.errors import DataError, InputError
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from cenacle.cut.front_runner import OnnxFront
+
 __all__ = ["evaluate"]
 
 
@@ -31,7 +33,7 @@ def _read(path: Path) -> pa.Table:
         raise InputError(
             "the rows to measure on cannot be read",
             found=str(path),
-            expected="an existing file that ends in .csv or .parquet",
+            expected="an existing file that ends in .csv, .parquet, .npz or .safetensors",
         )
     try:
         found: pa.Table = reader(path)
@@ -40,11 +42,31 @@ def _read(path: Path) -> pa.Table:
     return found
 
 
+def _front(path: Path | None) -> OnnxFront | None:
+    if path is None:
+        return None
+    from cenacle.cut.front_runner import OnnxFront
+
+    return OnnxFront.load(path)
+
+
 def evaluate(
     model: Annotated[Path, typer.Argument(help="A model that `cenacle open` wrote.")],
     data: Annotated[
-        Path, typer.Argument(help="Rows with the model's features and target: .csv or .parquet.")
+        Path,
+        typer.Argument(
+            help="Rows with the model's features and target: .csv or .parquet; tensors: .npz or "
+            ".safetensors."
+        ),
     ],
+    front: Annotated[
+        Path | None,
+        typer.Option(help="The front.onnx that the model was trained behind, if it was."),
+    ] = None,
+    samples: Annotated[
+        str | None,
+        typer.Option(help="The tensor of samples, for a model of tensors without a front."),
+    ] = None,
     json_: JsonOption = False,
 ) -> None:
     """Measure a model on rows of your own, here. Nothing is sent anywhere.
@@ -53,6 +75,7 @@ def evaluate(
     """
     with errors_in_words(json_):
         from cenacle.training.evaluation import evaluate as measure
+        from cenacle.training.evaluation import evaluate_tensors
 
         if not model.is_file():
             raise InputError(
@@ -60,7 +83,16 @@ def evaluate(
                 found=str(model),
                 expected="the file that `cenacle open` wrote",
             )
-        found = measure(model.read_bytes(), _read(data))
+        if data.suffix.lower() in (".npz", ".safetensors"):
+            from cenacle.cli.cut_samples import read_tensors
+
+            found = evaluate_tensors(
+                model.read_bytes(), read_tensors(data), samples=samples, front=_front(front)
+            )
+        elif front is not None or samples is not None:
+            raise InputError("--front and --samples are for tensors", found=data.name)
+        else:
+            found = measure(model.read_bytes(), _read(data))
 
         def show() -> None:
             table = Table(title=f"{model.name} on {data.name}", title_justify="left")

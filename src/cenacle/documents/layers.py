@@ -6,13 +6,14 @@ are never written: they follow from what the node reads.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Final, Literal, Self, get_args
 
 from pydantic import Field, StringConstraints, model_validator
 
 from cenacle.documents.base import Frozen
 
 __all__ = [
+    "ACTIVATIONS",
     "Activation",
     "ActivationName",
     "AdaptiveAvgPool",
@@ -31,9 +32,12 @@ __all__ = [
     "Multiply",
     "Node",
     "NodeName",
+    "Pad",
     "Pool",
     "Probability",
     "Reshape",
+    "ScaleChannels",
+    "Select",
     "Transpose",
     "Width",
 ]
@@ -42,11 +46,15 @@ Width = Annotated[int, Field(ge=1, le=65_536)]
 Kernel = Annotated[int, Field(ge=1, le=64)]
 Size = Kernel | tuple[Kernel, Kernel]
 Padding = Annotated[int, Field(ge=0, le=64)]
-Pad = Padding | tuple[Padding, Padding]
+Paddings = Padding | tuple[Padding, Padding]
 Axis = Annotated[int, Field(ge=1, le=7)]
 Probability = Annotated[float, Field(ge=0.0, le=0.95)]
 Epsilon = Annotated[float, Field(gt=0.0, le=1.0)]
-ActivationName = Literal["relu", "gelu", "silu", "tanh", "sigmoid"]
+ActivationName = Literal[
+    "relu", "relu6", "gelu", "silu", "tanh", "sigmoid", "hard_sigmoid", "hard_swish"
+]
+
+ACTIVATIONS: Final[tuple[str, ...]] = get_args(ActivationName)
 
 NodeName = Annotated[
     str,
@@ -87,7 +95,7 @@ class Conv(_Node):
     out_channels: Width
     kernel_size: Size
     stride: Size = 1
-    padding: Pad = 0
+    padding: Paddings = 0
     dilation: Size = 1
     groups: Width = 1
     bias: bool = True
@@ -107,7 +115,7 @@ class Pool(_Node):
     op: Literal["max_pool1d", "max_pool2d", "avg_pool1d", "avg_pool2d"]
     kernel_size: Size
     stride: Size | None = None
-    padding: Pad = 0
+    padding: Paddings = 0
 
     @model_validator(mode="after")
     def _one_size_per_axis(self) -> Self:
@@ -137,6 +145,22 @@ class Reshape(_Node):
 class Transpose(_Node):
     op: Literal["transpose"]
     axes: tuple[Axis, Axis]
+
+
+class Pad(_Node):
+    """Zeros around the last axis (before, after), or the last two (left, right, top, bottom), as
+    ``torch.nn.functional.pad`` counts them."""
+
+    op: Literal["pad"]
+    padding: tuple[Padding, Padding] | tuple[Padding, Padding, Padding, Padding]
+
+
+class Select(_Node):
+    """One entry of an axis, which goes away: a transformer's class token."""
+
+    op: Literal["select"]
+    axis: Axis
+    index: Annotated[int, Field(ge=0, le=65_535)]
 
 
 class Mean(_Node):
@@ -191,6 +215,15 @@ class Multiply(_Join):
     op: Literal["multiply"]
 
 
+class ScaleChannels(Frozen):
+    """The first input, (channels, ...), times the second, one number a channel with ones for the
+    other axes, (channels, 1, ...): squeeze and excitation."""
+
+    name: NodeName
+    op: Literal["scale_channels"]
+    inputs: Annotated[tuple[NodeName, ...], Field(min_length=2, max_length=2)]
+
+
 class Concat(_Join):
     op: Literal["concat"]
     axis: Axis = 1
@@ -205,6 +238,8 @@ Node = Annotated[
     | Flatten
     | Reshape
     | Transpose
+    | Pad
+    | Select
     | Mean
     | Dropout
     | LayerNorm
@@ -213,6 +248,7 @@ Node = Annotated[
     | Embedding
     | Add
     | Multiply
+    | ScaleChannels
     | Concat,
     Field(discriminator="op"),
 ]

@@ -14,7 +14,7 @@ from typing import Annotated, Final, Literal, Self
 
 from pydantic import Field, StringConstraints, model_validator
 
-from cenacle.documents.base import Frozen, Name, canonical_json, sha256_digest
+from cenacle.documents.base import Digest, Frozen, Name, canonical_json, sha256_digest
 from cenacle.documents.layers import ActivationName, Epsilon, Node, Probability, Width
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "ConstantSchedule",
     "CosineSchedule",
     "EarlyStopping",
+    "Front",
     "GraphModel",
     "Holdout",
     "LinearModel",
@@ -198,6 +199,27 @@ class TableData(Frozen):
         return self
 
 
+class Front(Frozen):
+    """A frozen, public part of a network that every sample goes through before the model.
+
+    The enclave computes it once a sample and without gradients: only the model behind it is
+    trained. So all that training learns lies in the model, and the front may run anywhere.
+
+    Attributes:
+        asset: alias of an asset of tensors that holds the front, as `cenacle cut` packs it.
+        output: the tensor that crosses from the front to the model, by its name in the graph.
+        inputs: the front's inputs but one, each with the tensor of the data that feeds it; the
+            one that is left reads ``data.inputs``.
+        digest: of the front.onnx that the asset was packed from, for those who will run it. It
+            is the parties' statement: the enclave runs the asset, and never sees that file.
+    """
+
+    asset: Name
+    output: Column
+    inputs: Annotated[dict[Column, Column], Field(min_length=1, max_length=15)] | None = None
+    digest: Digest | None = None
+
+
 class TensorData(Frozen):
     """Samples along the first axis of a tensor, such as MNIST's images and labels.
 
@@ -209,6 +231,8 @@ class TensorData(Frozen):
         standardize: mean and standard deviation per channel (first axis of a sample of rank
             3), or over all elements (rank 2), or per feature (rank 1).
         integers: keep inputs as integers, for a graph that begins with embeddings.
+        front: what samples go through first. ``shape``, ``scale`` and ``integers`` are of what
+            the front reads; ``standardize`` is of what it gives.
     """
 
     form: Literal["tensors"]
@@ -221,14 +245,22 @@ class TensorData(Frozen):
     standardize: bool = False
     standardize_target: bool = False
     integers: bool = False
+    front: Front | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.inputs == self.labels:
-            raise ValueError(f"inputs and labels are both {self.inputs!r}")
-        if self.integers and (self.standardize or self.scale != 1.0):
+        read = [self.inputs, *(self.front.inputs or {}).values()] if self.front else [self.inputs]
+        if self.labels in read:
+            raise ValueError(f"inputs and labels are both {self.labels!r}")
+        standardized = self.standardize and self.front is None
+        if self.integers and (standardized or self.scale != 1.0):
             raise ValueError("integer inputs are neither scaled nor standardized")
         return self
+
+    @property
+    def integer_samples(self) -> bool:
+        """Whether the model itself reads integers; what a front gives are no integers."""
+        return self.integers and self.front is None
 
 
 Data = Annotated[TableData | TensorData, Field(discriminator="form")]
@@ -339,7 +371,13 @@ class Recipe(Frozen):
     def aliases(self) -> tuple[str, ...]:
         """Every asset alias that the recipe reads, data first."""
         weights = self.model.initial_weights if isinstance(self.model, GraphModel) else None
-        return self.data.assets + ((weights,) if weights is not None else ())
+        others = (weights, self.front.asset if self.front is not None else None)
+        return self.data.assets + tuple(alias for alias in others if alias is not None)
+
+    @property
+    def front(self) -> Front | None:
+        """What samples go through before the model."""
+        return self.data.front if isinstance(self.data, TensorData) else None
 
     def canonical_bytes(self) -> bytes:
         """RFC 8785 canonical JSON, defaults written out."""
@@ -373,8 +411,15 @@ class Recipe(Frozen):
         wrong = {"logistic": "regression", "linear": "classification"}
         if wrong.get(model.type) == self.task:
             raise ValueError(f"model {model.type!r} cannot do a {self.task}")
-        if isinstance(data, TensorData) and data.integers and model.type != "graph":
+        if isinstance(data, TensorData) and data.integer_samples and model.type != "graph":
             raise ValueError("integer inputs need a graph model with embeddings")
+        if self.front is not None and isinstance(model, GraphModel):
+            for node in model.nodes:
+                if node.op == "embedding":
+                    raise ValueError(
+                        f"node {node.name!r}: an embedding reads integers, which a front never "
+                        "gives; cut the model after its embeddings"
+                    )
         if isinstance(model, CnnModel) and data.form == "table":
             raise ValueError("a cnn reads tensors, not tables")
         if isinstance(model, MlpModel):

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from cenacle.documents.privacy import PrivacyPlan, SubjectUnit
 from cenacle.documents.recipe import Recipe, TableData, TensorData
-from cenacle.errors import DataError
+from cenacle.errors import DataError, InputError
+from cenacle.training.front import FrontGraph, FrontUse, front_features
 from cenacle.training.sources import Source, TableSource, TensorSource
 from cenacle.training.subjects import array_subjects, column_subjects
 
@@ -37,7 +38,8 @@ class PartyRows:
 
     Attributes:
         alias: the contract's name of the asset.
-        inputs: (rows, *sample shape), as stored (tables: float64), not yet scaled.
+        inputs: (rows, *sample shape), as stored (tables: float64), not yet scaled; with a
+            front, what it gives (float32).
         targets: (rows,) class codes (int64) or values (float64).
         subjects: (rows,) whose each row is, numbered within the asset; None: nobody asked.
     """
@@ -76,12 +78,16 @@ class Dataset:
 
 
 def load_dataset(
-    recipe: Recipe, sources: Mapping[str, Source], plan: PrivacyPlan | None = None
+    recipe: Recipe,
+    sources: Mapping[str, Source],
+    plan: PrivacyPlan | None = None,
+    front: FrontGraph | None = None,
 ) -> Dataset:
     """Read and check every party's rows.
 
     Args:
         sources: opened assets by alias; must hold every alias of the recipe's data.
+        front: runs the recipe's front, if it has one.
         plan: under which nothing is said about the rows as a whole; ids of subjects are read
             if they are its unit.
 
@@ -102,7 +108,12 @@ def load_dataset(
     if isinstance(data, TableData):
         dataset = _load_tables(data, sources, subject)
     else:
-        dataset = _load_tensors(data, sources, subject)
+        through = None
+        if (use := FrontUse.of(recipe)) is not None:
+            if front is None:
+                raise InputError("the recipe has a front, and there is nothing that runs it")
+            through = _Through(front, use, alone=plan is not None)
+        dataset = _load_tensors(data, sources, subject, through)
     if plan is None:
         _check_classes(recipe, dataset)
     return dataset
@@ -313,15 +324,34 @@ def _as_int64(column: pa.ChunkedArray, what: str) -> pa.ChunkedArray:
 # --- tensors -----------------------------------------------------------------------------
 
 
-def _load_tensors(data: TensorData, sources: Mapping[str, Source], subject: str | None) -> Dataset:
-    if subject in (data.inputs, data.labels):
+@dataclass(frozen=True)
+class _Through:
+    """A front for the samples of every asset."""
+
+    graph: FrontGraph
+    use: FrontUse
+    alone: bool
+
+    def __call__(self, samples: NDArray[Any], source: TensorSource, what: str) -> NDArray[Any]:
+        others = {name: np.asarray(source.read(t)) for name, t in self.use.others.items()}
+        return front_features(self.graph, self.use, samples, others, what=what, alone=self.alone)
+
+
+def _load_tensors(
+    data: TensorData,
+    sources: Mapping[str, Source],
+    subject: str | None,
+    through: _Through | None,
+) -> Dataset:
+    fed = tuple(through.use.others.values()) if through is not None else ()
+    if subject in (data.inputs, data.labels, *fed):
         raise DataError(f"tensor {subject!r} holds ids of subjects and is also read as data")
     parties: list[PartyRows] = []
     for alias in data.assets:
         source = sources[alias]
         if not isinstance(source, TensorSource):
             raise DataError(f"asset {alias!r} does not hold tensors", remedy="seal it as tensors")
-        for name in (data.inputs, data.labels, subject):
+        for name in (data.inputs, data.labels, *fed, subject):
             if name is not None and name not in source.names:
                 raise DataError(
                     f"asset {alias!r} lacks tensor {name!r}", found=_listing(list(source.names))
@@ -337,6 +367,8 @@ def _load_tensors(data: TensorData, sources: Mapping[str, Source], subject: str 
                 found=f"{len(targets)} labels",
                 expected=f"{len(inputs)} samples",
             )
+        if through is not None:
+            inputs = through(inputs, source, what)
         if parties and inputs.shape[1:] != parties[0].inputs.shape[1:]:
             raise DataError(
                 f"samples of asset {alias!r} have another shape than those of the first asset",

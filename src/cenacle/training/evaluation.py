@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,12 @@ from numpy.typing import NDArray
 
 from cenacle.errors import DataError
 from cenacle.training.data import feature_matrix
+from cenacle.training.front import FrontGraph
 from cenacle.training.inference import load_model, predict
 from cenacle.training.metrics import classification_metrics, regression_metrics
 from cenacle.training.model_file import ModelMetadata, read_model
 
-__all__ = ["evaluate"]
+__all__ = ["evaluate", "evaluate_tensors"]
 
 
 def evaluate(model_file: bytes, table: pa.Table) -> dict[str, Any]:
@@ -35,7 +37,7 @@ def evaluate(model_file: bytes, table: pa.Table) -> dict[str, Any]:
     if described.features is None:
         raise DataError(
             "this model reads tensors, not a table",
-            remedy="use cenacle.training.predict in Python",
+            remedy="give the rows as .npz or .safetensors",
         )
     if described.target not in table.column_names:
         raise DataError(
@@ -50,6 +52,56 @@ def evaluate(model_file: bytes, table: pa.Table) -> dict[str, Any]:
     return classification_metrics(
         _codes(described.classes, table.column(described.target).to_pylist()), found.probabilities
     )
+
+
+def evaluate_tensors(
+    model_file: bytes,
+    tensors: Mapping[str, NDArray[Any]],
+    *,
+    samples: str | None = None,
+    front: FrontGraph | None = None,
+) -> dict[str, Any]:
+    """Exact measures of a model on tensors that hold its samples and its target.
+
+    Args:
+        samples: name of the tensor of samples, for a model without a front; one with a front
+            says it itself.
+        front: runs the front that the model was trained behind, if it was.
+
+    Returns, Raises:
+        As :func:`evaluate`; InputError: the front is missing, or there should be none.
+    """
+    parameters, metadata = read_model(model_file)
+    described = ModelMetadata.from_fields(metadata)
+    if described.features is not None:
+        raise DataError(
+            "this model reads a table, not tensors", remedy="give the rows as .csv or .parquet"
+        )
+    name = described.front.samples if described.front is not None else samples
+    for wanted in (name, described.target):
+        if wanted is None or wanted not in tensors:
+            raise DataError(
+                f"the data lacks tensor {wanted!r}"
+                if wanted is not None
+                else "it is not said which tensor holds the samples",
+                found=", ".join(sorted(tensors))[:200],
+            )
+    assert name is not None
+    inputs: Any = tensors if front is not None else tensors[name]
+    found = predict(load_model(parameters, metadata), metadata, inputs, front=front)
+    truth = np.asarray(tensors[described.target])
+    rows = len(tensors[name])
+    if truth.size != rows:
+        raise DataError(
+            "the data has another number of targets than of samples",
+            found=f"{truth.size} targets",
+            expected=f"{rows}",
+        )
+    truth = truth.reshape(rows)
+    if described.classes is None or found.probabilities is None:
+        assert found.values is not None
+        return regression_metrics(truth.astype(np.float64), found.values)
+    return classification_metrics(_codes(described.classes, truth.tolist()), found.probabilities)
 
 
 def _codes(classes: tuple[Any, ...], labels: list[Any]) -> NDArray[np.int64]:

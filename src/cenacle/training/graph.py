@@ -28,10 +28,13 @@ MAX_ACTIVATIONS = 2**30
 
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": functional.relu,
+    "relu6": functional.relu6,
     "gelu": functional.gelu,
     "silu": functional.silu,
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
+    "hard_sigmoid": functional.hardsigmoid,
+    "hard_swish": functional.hardswish,
 }
 _POOLS: dict[str, tuple[Callable[..., torch.Tensor], int]] = {
     "max_pool1d": (functional.max_pool1d, 3),
@@ -59,6 +62,7 @@ class Graph(nn.Module):
     Attributes:
         generator: draws the masks of dropout; None uses torch's global generator.
         output_shape: of one sample's output.
+        shapes: of one sample at every node, by name, and at ``input``.
         activations: numbers that all nodes hold for one sample.
     """
 
@@ -71,6 +75,7 @@ class Graph(nn.Module):
         self.integers = integers
         self.generator: torch.Generator | None = None
         self.activations = 0
+        self.shapes: dict[str, tuple[int, ...]] = {"input": self.shape}
         with torch.device("meta"):
             self.output_shape = self._build()
         parameters = self.count_parameters()
@@ -127,6 +132,7 @@ class Graph(nn.Module):
                     f"node {node.name!r} leaves nothing of a sample",
                     found=f"shape {tuple(result.shape[1:])}",
                 )
+            self.shapes[node.name] = tuple(result.shape[1:])
             self.activations += result.numel() // 2
             if self.activations > MAX_ACTIVATIONS:
                 raise DocumentError(
@@ -344,6 +350,19 @@ def _apply(  # noqa: PLR0911, PLR0912 - one case a kind of node
             return value.reshape(value.shape[0], *node.shape)
         case layers.Transpose():
             return value.transpose(*node.axes)
+        case layers.Pad():
+            _demand_rank(value, 2 + len(node.padding) // 2, None)
+            if value.is_meta:
+                return _blank(value, _padded(value.shape, node.padding))
+            return functional.pad(value, node.padding)
+        case layers.Select():
+            if value.is_meta:
+                if node.index >= value.shape[node.axis]:
+                    raise ValueError(f"axis {node.axis} has {value.shape[node.axis]} entries")
+                kept_axes = list(value.shape)
+                del kept_axes[node.axis]
+                return _blank(value, kept_axes)
+            return value.select(node.axis, node.index)
         case layers.Mean():
             if value.is_meta:
                 kept_axes = list(value.shape)
@@ -359,10 +378,21 @@ def _apply(  # noqa: PLR0911, PLR0912 - one case a kind of node
             return _same_shapes(read, torch.add)
         case layers.Multiply():
             return _same_shapes(read, torch.mul)
+        case layers.ScaleChannels():
+            if read[1].shape != (*value.shape[:2], *(1 for _ in value.shape[2:])):
+                raise ValueError("the second input is not one number a channel")
+            return _blank(value, value.shape) if value.is_meta else value * read[1]
         case layers.Concat():
             return torch.cat(read, node.axis)
         case _:
             raise ValueError(f"unknown operation {node.op}")
+
+
+def _padded(shape: Sequence[int], padding: Sequence[int]) -> list[int]:
+    sizes = list(shape)
+    for pair in range(len(padding) // 2):
+        sizes[-1 - pair] += padding[2 * pair] + padding[2 * pair + 1]
+    return sizes
 
 
 def _same_shapes(

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from cenacle.errors import DataError, InputError
 from cenacle.training._torch import nn, torch
 from cenacle.training.data import feature_matrix, sample_array
+from cenacle.training.front import FrontGraph, FrontUse, front_features
 from cenacle.training.graph import Graph
 from cenacle.training.model_file import ModelMetadata
 from cenacle.training.models import load_tensors
@@ -61,19 +62,24 @@ def predict(
     model: nn.Module,
     metadata: Mapping[str, Any],
     inputs: pa.Table | Mapping[str, Any] | NDArray[Any],
+    *,
+    front: FrontGraph | None = None,
 ) -> Predictions:
     """Predict for rows as they were stored before training.
 
     Args:
         model: from :func:`load_model`.
         inputs: a table or columns by name (other columns are not read), or an array of
-            samples, shape (rows, *sample shape) or (rows, features in the metadata's order).
+            samples, shape (rows, *sample shape) or (rows, features in the metadata's order). For
+            a front with several inputs: arrays by the names of the training data's tensors.
+        front: runs the front that the model was trained behind, if it was.
 
     Raises:
         DataError: a column is missing, a value is not finite, or samples have another shape.
+        InputError: the model needs a front and there is none, or the other way round.
     """
     described = ModelMetadata.from_fields(dict(metadata))
-    stored = _stored(described, inputs)
+    stored = _stored(described, inputs, front)
     samples = described.preprocessing.apply(stored)
     if not isinstance(model, Graph):
         raise InputError("the model was not loaded with load_model", found=type(model).__name__)
@@ -97,7 +103,16 @@ def predict(
     return Predictions(labels, probabilities, None)
 
 
-def _stored(described: ModelMetadata, inputs: Any) -> NDArray[Any]:
+def _stored(described: ModelMetadata, inputs: Any, front: FrontGraph | None) -> NDArray[Any]:
+    if (front is None) != (described.front is None):
+        raise InputError(
+            "the model was trained behind a front, which is not here"
+            if front is None
+            else "the model was trained without a front",
+            remedy="give its front.onnx" if front is None else "leave the front out",
+        )
+    if described.front is not None and front is not None:
+        return _through(described.front, inputs, front)
     if isinstance(inputs, Mapping):
         inputs = pa.table(dict(inputs))
     if isinstance(inputs, pa.Table):
@@ -119,3 +134,16 @@ def _stored(described: ModelMetadata, inputs: Any) -> NDArray[Any]:
         shape=described.preprocessing.shape,
         integers=described.preprocessing.integers,
     )
+
+
+def _through(use: FrontUse, inputs: Any, front: FrontGraph) -> NDArray[Any]:
+    if not isinstance(inputs, Mapping):
+        inputs = {use.samples: inputs}
+    for name in (use.samples, *use.others.values()):
+        if name not in inputs:
+            raise DataError(f"the input lacks tensor {name!r}", found=", ".join(map(str, inputs)))
+    samples = sample_array(
+        np.asarray(inputs[use.samples]), "the input", shape=use.shape, integers=use.integers
+    )
+    others = {port: np.asarray(inputs[tensor]) for port, tensor in use.others.items()}
+    return front_features(front, use, samples, others)

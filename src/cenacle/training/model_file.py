@@ -16,6 +16,7 @@ from cenacle.documents.base import Digest, Frozen, canonical_json, parse_json
 from cenacle.documents.layers import Node
 from cenacle.documents.recipe import GraphModel, Label
 from cenacle.errors import DataError, DocumentError
+from cenacle.training.front import FrontUse
 from cenacle.training.preprocessing import Preprocessing
 
 __all__ = ["METADATA_KEY", "ModelMetadata", "read_model", "write_model"]
@@ -31,7 +32,8 @@ class ModelMetadata(Frozen):
         features: columns of a table in the order of the inputs; None for tensors.
         target: name of the column or tensor that the model predicts.
         classes: labels in the order of the outputs; None for a regression.
-        preprocessing: between stored values and the model's.
+        front: what stored samples go through first; None: nothing.
+        preprocessing: between stored values, or what the front gives, and the model's.
         nodes: the layers; the tensors are named after them.
         recipe: digest of the recipe that trained the model.
         torch: version that trained it.
@@ -43,6 +45,7 @@ class ModelMetadata(Frozen):
     features: tuple[str, ...] | None = None
     target: str
     classes: tuple[Label, ...] | None = None
+    front: FrontUse | None = None
     preprocessing: Preprocessing
     nodes: tuple[Node, ...]
     recipe: Digest
@@ -52,6 +55,8 @@ class ModelMetadata(Frozen):
     @model_validator(mode="after")
     def _graph_is_sound(self) -> Self:
         GraphModel(type="graph", nodes=self.nodes)
+        if self.front is not None and (self.features is not None or self.preprocessing.integers):
+            raise ValueError("what a front gives are tensors of numbers")
         return self
 
 

@@ -85,7 +85,9 @@ class Preprocessing(Frozen):
         if isinstance(data, TableData) and data.ranges is not None:
             ranges = tuple(map(data.ranges.get, features or ()))
         moments = None
-        scale = data.scale if isinstance(data, TensorData) else 1.0
+        # A front scales what it reads; what it gives is the model's input as it is.
+        scaled = isinstance(data, TensorData) and data.front is None
+        scale = data.scale if isinstance(data, TensorData) and scaled else 1.0
         if data.standardize:
             moments = _moments(inputs.reshape(len(inputs), *shape), scale)
         target = None
@@ -93,7 +95,7 @@ class Preprocessing(Frozen):
             target = _moments(targets.reshape(-1, 1), 1.0)
         return cls(
             shape=shape,
-            integers=isinstance(data, TensorData) and data.integers,
+            integers=isinstance(data, TensorData) and data.integer_samples,
             scale=scale,
             inputs=moments,
             target=target,

@@ -16,6 +16,7 @@ from cenacle.training import checkpoint as checkpointing
 from cenacle.training._torch import torch
 from cenacle.training.checkpoint import CheckpointSink, Tensors
 from cenacle.training.data import Dataset, load_dataset
+from cenacle.training.front import FrontUse
 from cenacle.training.loop import Loop, Rows, reproducible
 from cenacle.training.method import Chosen, Method, OrdinaryMethod, Stage
 from cenacle.training.model_file import ModelMetadata
@@ -26,6 +27,7 @@ from cenacle.training.split import split_rows
 
 if TYPE_CHECKING:
     from cenacle.documents.privacy import PrivacyEvent
+    from cenacle.training.front import FrontGraph
     from cenacle.training.offloading import Offloading
     from cenacle.training.private import Privacy
 
@@ -65,6 +67,7 @@ def train(
     threads: int | None = None,
     offloading: Offloading | None = None,
     privacy: Privacy | None = None,
+    front: FrontGraph | None = None,
 ) -> TrainingResult:
     """Run a recipe on opened assets.
 
@@ -80,6 +83,8 @@ def train(
         threads: of torch; None leaves them as they are.
         offloading: where the models' linear algebra goes; None: nowhere.
         privacy: what bounds what the result tells of single records; None: nothing does.
+        front: runs the recipe's front, if it has one. Samples go through it once, before
+            training; under a privacy plan one at a time.
 
     Raises:
         DataError: the data does not fit the recipe.
@@ -89,7 +94,9 @@ def train(
         VerificationError: the checkpoint belongs to another job.
     """
     with reproducible(threads):
-        job = _Job(recipe, sources, progress, checkpoints, checkpoint_every, offloading, privacy)
+        job = _Job(
+            recipe, sources, progress, checkpoints, checkpoint_every, offloading, privacy, front
+        )
         return job.run()
 
 
@@ -103,10 +110,11 @@ class _Job:
         every: int,
         offloading: Offloading | None,
         privacy: Privacy | None,
+        front: FrontGraph | None,
     ) -> None:
         self.recipe = recipe
         self.offloading = offloading
-        dataset = load_dataset(recipe, sources, privacy.plan if privacy else None)
+        dataset = load_dataset(recipe, sources, privacy.plan if privacy else None, front)
         self.data_digest = dataset.digest if sink is not None or privacy is not None else ""
         self.method = self._method(dataset, privacy)
         self.dataset = self.method.dataset
@@ -291,6 +299,7 @@ class _Job:
             features=self.dataset.features,
             target=data.labels if isinstance(data, TensorData) else data.target,
             classes=data.classes,
+            front=FrontUse.of(self.recipe),
             preprocessing=preprocessing,
             nodes=model.nodes,
             recipe=self.recipe.digest,
