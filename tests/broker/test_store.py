@@ -757,7 +757,7 @@ MIGRATIONS = Path(migrate.__file__).parent / "migrations"
 SECOND = """
 import sqlalchemy as sa
 from alembic import op
-revision, down_revision, branch_labels, depends_on = "0003", "0002", None, None
+revision, down_revision, branch_labels, depends_on = "9999", "{newest}", None, None
 def upgrade():
     op.create_table("later", sa.Column("a", sa.Integer, primary_key=True))
     op.add_column("meta", sa.Column("note", sa.Text))
@@ -768,7 +768,9 @@ def upgrade():
 def _folder(tmp_path: Path, after: str) -> Path:
     folder = tmp_path / "migrations"
     shutil.copytree(MIGRATIONS, folder)
-    (folder / "versions" / "r0003_later.py").write_text(SECOND.format(after=after))
+    newest = max(path.name[1:5] for path in MIGRATIONS.glob("versions/r*.py"))
+    later = SECOND.format(after=after, newest=newest)
+    (folder / "versions" / "r9999_later.py").write_text(later)
     return folder
 
 
@@ -802,7 +804,7 @@ def test_a_newer_store_is_refused(store_target: str, tmp_path: Path, furnish: Fu
     with Store.open(store_target) as store:
         furnish(store)
     _migrate(store_target, _folder(tmp_path, "pass"))
-    with pytest.raises(InputError, match=r"newer version of Cenacle; found store version 0003"):
+    with pytest.raises(InputError, match=r"newer version of Cenacle; found store version 9999"):
         Store.open(store_target)
     assert "later" in _tables(store_target)
 

@@ -28,6 +28,7 @@ from cenacle.documents import (
 )
 from cenacle.documents.base import b64
 from cenacle.documents.privacy import PrivacyLoss
+from cenacle.documents.ticket import Ticket
 
 NAMES = ("hospital-a", "hospital-b", "clinic")
 
@@ -231,6 +232,17 @@ def _examples() -> dict[str, Document]:
     statement = Statement.of(Receipt.from_fields(receipt_fields(contract, assets)))
     return {
         "party": PARTIES["hospital-a"],
+        "ticket": Ticket.from_fields(
+            {
+                "issuer": "hospital-a",
+                "contract": contract.digest,
+                "serial": b64(b"serial of ticket"),
+                "client": b64(signing_key("client").verify_key.raw),
+                "queries": 1000,
+                "not_before": "2027-01-01T00:00:00Z",
+                "expires": "2027-12-31",
+            }
+        ),
         "terms": Terms.from_fields(TERMS),
         "terms-defaults": Terms.from_fields({"expires": "2027-12-31"}),
         "asset": assets["a"],

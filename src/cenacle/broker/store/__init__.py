@@ -21,7 +21,9 @@ from cenacle.broker.store.rows import (
     RunRow,
     RunState,
     SignatureRow,
+    StateRow,
     VetoRow,
+    WatchRow,
 )
 from cenacle.broker.store.store import Store
 from cenacle.broker.store.writes import Transaction
@@ -40,7 +42,9 @@ __all__ = [
     "RunRow",
     "RunState",
     "SignatureRow",
+    "StateRow",
     "Store",
     "Transaction",
     "VetoRow",
+    "WatchRow",
 ]

@@ -17,7 +17,9 @@ from cenacle.broker.store.rows import (
     Reservation,
     RunRow,
     SignatureRow,
+    StateRow,
     VetoRow,
+    WatchRow,
 )
 from cenacle.broker.store.session import Session
 from cenacle.errors import InputError, ProofError
@@ -202,6 +204,35 @@ class ReadTransaction:
             contract=contract,
         )
         return [RunRow(*row) for row in rows]
+
+    def watch(self, run: str) -> WatchRow | None:
+        """What an open run has to prove again; None: nothing."""
+        row = self._session.one(
+            "SELECT run, interval_s, due_at, hpke_key, facts, rounds FROM watches WHERE run = :run",
+            run=run,
+        )
+        return None if row is None else WatchRow(*row)
+
+    def overdue(self, now: str) -> list[str]:
+        """Runs that had to prove themselves before ``now``, the longest overdue first."""
+        rows = self._session.all(
+            "SELECT run FROM watches WHERE due_at < :now ORDER BY due_at, run LIMIT 100", now=now
+        )
+        return [row[0] for row in rows]
+
+    def revocation(self, run: str) -> str | None:
+        """Why a run was revoked; None: it was not."""
+        row = self._session.one("SELECT reason FROM revocations WHERE run = :run", run=run)
+        return None if row is None else str(row[0])
+
+    def state(self, contract: str) -> StateRow | None:
+        """The newest state of a contract, whichever run recorded it."""
+        row = self._session.one(
+            "SELECT contract, number, digest, previous, told_at FROM states"
+            " WHERE contract = :contract",
+            contract=contract,
+        )
+        return None if row is None else StateRow(*row)
 
     def reservation(self, run: str, asset: str) -> Reservation | None:
         row = self._session.one(

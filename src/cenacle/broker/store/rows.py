@@ -18,7 +18,9 @@ __all__ = [
     "RunRow",
     "RunState",
     "SignatureRow",
+    "StateRow",
     "VetoRow",
+    "WatchRow",
 ]
 
 RunState = Literal["open", "settled", "abandoned"]
@@ -108,6 +110,33 @@ class RunRow:
     checkpoint_digest: str | None
     settled_at: str | None
     receipt_digest: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class WatchRow:
+    """What an open run has to prove again, and until when.
+
+    ``hpke_key`` is the key that the evidence of its release was bound to (32 bytes or more),
+    ``facts`` what may not change meanwhile (JSON text), ``rounds`` how often it was proved again.
+    """
+
+    run: str
+    interval: int
+    due_at: str
+    hpke_key: bytes
+    facts: str
+    rounds: int
+
+
+@dataclass(frozen=True, slots=True)
+class StateRow:
+    """A contract's newest state; ``told_at`` is the latest time that was told with one."""
+
+    contract: str
+    number: int
+    digest: str
+    previous: str | None
+    told_at: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -134,6 +134,53 @@ class RunWrites(RegistryWrites):
             remedy="resume from the newest checkpoint",
         )
 
+    def advance_state(
+        self, contract: str, number: int, digest: str, previous: str | None, told_at: str
+    ) -> None:
+        """Put a contract's state in place of the one before, number by number.
+
+        Putting the newest one once more changes nothing but ``told_at``, which never goes back.
+
+        Raises:
+            ConflictError: it does not follow the newest one.
+        """
+        known = self.state(contract)
+        if known is None and number == 1:
+            self._session.run(
+                "INSERT INTO states (contract, number, digest, previous, told_at)"
+                " VALUES (:contract, 1, :digest, NULL, :told_at)",
+                contract=contract,
+                digest=digest,
+                told_at=told_at,
+            )
+            return
+        follows = known is not None and (number, previous) == (known.number + 1, known.digest)
+        again = known is not None and (number, digest, previous) == (
+            known.number,
+            known.digest,
+            known.previous,
+        )
+        if not (follows or again):
+            raise ConflictError(
+                "a contract's state does not follow the newest one",
+                found=f"number {number} after {previous or 'nothing'}",
+                expected="number 1 after nothing"
+                if known is None
+                else f"number {known.number + 1} after {known.digest}",
+                remedy="another enclave went on, or an old copy of the state came back: resume "
+                "from the newest state",
+            )
+        self._session.run(
+            "UPDATE states SET number = :number, digest = :digest, previous = :previous,"
+            " told_at = CASE WHEN told_at < :told_at THEN :told_at ELSE told_at END"
+            " WHERE contract = :contract",
+            contract=contract,
+            number=number,
+            digest=digest,
+            previous=previous,
+            told_at=told_at,
+        )
+
     def settle_run(self, run: str, settled_at: str, receipt_digest: str | None = None) -> None:
         """Close a run that finished; ConflictError if it is not open."""
         self._close_run(run, "settled", settled_at, receipt_digest)
@@ -141,6 +188,49 @@ class RunWrites(RegistryWrites):
     def abandon_run(self, run: str, settled_at: str) -> None:
         """Close a run that will not finish; its reservations stay charged in full."""
         self._close_run(run, "abandoned", settled_at, None)
+
+    # What a run has to prove again
+
+    def watch_run(self, run: str, interval: int, due_at: str, hpke_key: bytes, facts: str) -> None:
+        """From now on an open run has to prove itself; in place of what it had to before."""
+        self._session.run(
+            "INSERT INTO watches (run, interval_s, due_at, hpke_key, facts, rounds)"
+            " VALUES (:run, :interval, :due, :hpke_key, :facts, 0)"
+            " ON CONFLICT (run) DO UPDATE SET interval_s = excluded.interval_s,"
+            " due_at = excluded.due_at, hpke_key = excluded.hpke_key, facts = excluded.facts,"
+            " rounds = 0",
+            run=run,
+            interval=interval,
+            due=due_at,
+            hpke_key=hpke_key,
+            facts=facts,
+        )
+
+    def prolong_watch(self, run: str, due_at: str) -> None:
+        """The run proved itself again. The deadline never moves back."""
+        self._session.run(
+            "UPDATE watches SET rounds = rounds + 1, due_at = :due"
+            " WHERE run = :run AND due_at <= :due",
+            run=run,
+            due=due_at,
+        )
+
+    def unwatch_run(self, run: str) -> None:
+        """The run has nothing to prove any more."""
+        self._session.run("DELETE FROM watches WHERE run = :run", run=run)
+
+    def revoke_run(self, run: str, revoked_at: str, reason: str) -> None:
+        """Close a run for good; its reservations stay charged in full.
+
+        To the rest of the store it is abandoned, and why is kept apart.
+        """
+        self._close_run(run, "abandoned", revoked_at, None)
+        self._session.run(
+            "INSERT INTO revocations (run, revoked_at, reason) VALUES (:run, :at, :reason)",
+            run=run,
+            at=revoked_at,
+            reason=reason,
+        )
 
     def _close_run(self, run: str, state: str, at: str, receipt_digest: str | None) -> None:
         changed = self._session.run(
@@ -153,6 +243,7 @@ class RunWrites(RegistryWrites):
         )
         if not changed:
             raise self._not_open(run)
+        self.unwatch_run(run)
 
     def _not_open(self, run: str) -> ConflictError:
         found = self.run(run)
