@@ -47,6 +47,7 @@ __all__ = [
     "ImaVerifier",
     "judge_ima",
     "pack_list",
+    "since",
     "unpack_list",
 ]
 
@@ -313,6 +314,18 @@ def judge_ima(claims: Claims, policy: ImaPolicy) -> list[Clause]:
 def pack_list(entries: Iterable[ImaEntry]) -> str:
     """Entries as they stand in evidence: the binary list, compressed (zlib), in base64."""
     return b64(zlib.compress(b"".join(map(pack_entry, entries)), 6))
+
+
+def since(evidence: Evidence, entries: int) -> Evidence:
+    """The same evidence, without as many entries at the start of its list, which were judged.
+
+    What the quote signs is the end of the list, so that leaving out its start changes no binding.
+    """
+    if evidence.kind != ImaAttester.kind or not entries or "first" in evidence.body:
+        return evidence
+    rest = unpack_list(evidence.body.get("list"))[entries:]
+    body = {**evidence.body, "list": pack_list(rest), "first": entries}
+    return Evidence(kind=evidence.kind, body=body)
 
 
 def unpack_list(packed: Any) -> list[ImaEntry]:

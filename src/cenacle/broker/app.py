@@ -7,6 +7,7 @@ larger than a document can be, and nothing that a client sends is ever logged.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -26,12 +27,14 @@ from cenacle.broker.attestation_keys import AttestationKeys
 from cenacle.broker.losses import UnaccountedError
 from cenacle.broker.messages import (
     AssetUpload,
+    EvidenceUpload,
     Registration,
     ReleaseRequest,
     SignatureUpload,
 )
 from cenacle.broker.release import ReleaseDesk
 from cenacle.broker.service import Broker
+from cenacle.broker.states import States
 from cenacle.broker.together import Together
 from cenacle.documents.base import MAX_DOCUMENT_BYTES, b64, parse_json, unb64
 from cenacle.documents.dsse import Envelope
@@ -58,6 +61,7 @@ _MAX_BODY: Final = 2 * MAX_DOCUMENT_BYTES
 _MAX_ENTRIES: Final = 1000
 _THREADS: Final = 16
 _SMALL: Final = 64 * 1024
+_SWEEP_S: Final = 2.0
 _RELEASES: Final = "/v1/releases"
 _NONCE_PATH: Final = re.compile(r"/v1/contracts/([^/]+)/nonce")
 
@@ -158,10 +162,13 @@ async def _no_such_address(_: Request, error: Exception) -> Response:
 def create_app(broker: Broker) -> ASGIApp:
     """The ASGI application of one broker."""
     pool = ThreadPoolExecutor(_THREADS, "broker-request")
+    desk = ReleaseDesk(broker)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        sweeping = asyncio.create_task(_sweep(desk, pool))
         yield
+        sweeping.cancel()
         pool.shutdown()
 
     app = FastAPI(
@@ -169,7 +176,6 @@ def create_app(broker: Broker) -> ASGIApp:
     )
     app.router.redirect_slashes = False
     app.add_exception_handler(HTTPException, _no_such_address)
-    desk = ReleaseDesk(broker)
     changes = Together(broker.store.committer, desk.seal_all)
 
     def route(path: str, method: str, call: _Async) -> _Endpoint:
@@ -216,6 +222,16 @@ def create_app(broker: Broker) -> ASGIApp:
     _attestation_routes(broker, post)
     _log_routes(broker, get)
     return _Front(app, nonces, releases)
+
+
+async def _sweep(desk: ReleaseDesk, pool: ThreadPoolExecutor) -> None:
+    """Write down again and again which runs missed their deadlines; they are refused without."""
+    loop = asyncio.get_running_loop()
+    while True:
+        # A database that is away now is asked again; there is nobody to tell.
+        with contextlib.suppress(Exception):
+            await loop.run_in_executor(pool, desk.reattestation.sweep)
+        await asyncio.sleep(_SWEEP_S)
 
 
 def _release_request(body: bytes) -> ReleaseRequest:
@@ -265,6 +281,8 @@ def _party_routes(broker: Broker, get: _Add, post: _Add) -> None:
 
 
 def _enclave_routes(desk: ReleaseDesk, get: _Add, post: _Add) -> None:
+    states = States(desk)
+
     def open_run(contract: str) -> dict[str, Any]:
         run = desk.open_run(contract)
         return {"run": None if run is None else run.id}
@@ -277,8 +295,18 @@ def _enclave_routes(desk: ReleaseDesk, get: _Add, post: _Add) -> None:
         desk.abandon(Envelope.from_fields(body))
         return {}
 
+    def run_nonce(run: str) -> dict[str, Any]:
+        nonce, entries = desk.reattestation.nonce(run)
+        return {"nonce": b64(nonce), "entries": entries}
+
+    def reattest(body: Any, run: str) -> dict[str, Any]:
+        return desk.reattestation.accept(run, EvidenceUpload.from_fields(body)).to_fields()
+
     get("/v1/contracts/{contract}/open-run", open_run)
+    get("/v1/runs/{run}/nonce", run_nonce)
+    post("/v1/runs/{run}/evidence", reattest)
     post("/v1/checkpoints", checkpoint)
+    post("/v1/states", lambda body: states.advance(Envelope.from_fields(body)).to_fields())
     post("/v1/settlements", lambda body: desk.settle(Envelope.from_fields(body)).to_fields())
     post("/v1/abandonments", abandon)
 

@@ -8,21 +8,11 @@ from __future__ import annotations
 
 import secrets
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any, Self
-from urllib.parse import quote
-
-import httpx
+from typing import Any
 
 from cenacle.attestation.claims import Claims, Evidence
 from cenacle.attestation.registry import VerifierSet
-from cenacle.attestation.tpm_credential import (
-    AttestationKeyAnswer,
-    AttestationKeyChallenge,
-    AttestationKeyRequest,
-)
-from cenacle.broker.attestation import NONCE_BYTES, AttestationRequest, verify_broker
-from cenacle.broker.identity import BrokerIdentity
+from cenacle.broker.connection import BrokerConnection, listed, octets_in, text_in, wrong_form
 from cenacle.broker.log import TreeHead, parse_and_verify_head, verify_consistency
 from cenacle.broker.messages import (
     AssetDeposit,
@@ -30,17 +20,21 @@ from cenacle.broker.messages import (
     BudgetView,
     CheckpointRecord,
     ContractView,
+    EvidenceRecord,
+    EvidenceUpload,
     Invitation,
     PartyRequest,
+    Reattested,
     Registration,
     ReleaseRequest,
     ReleaseResponse,
     ReviewView,
     Settlement,
     SignatureUpload,
+    StateAnswer,
+    StateRecord,
 )
 from cenacle.broker.receipts import OpenedContract, open_contract, verify_inclusion
-from cenacle.broker.tls import client_context
 from cenacle.crypto import SecretBytes, SigningKey
 from cenacle.documents.asset import Asset
 from cenacle.documents.base import b64, format_time, unb64
@@ -48,89 +42,17 @@ from cenacle.documents.contract import Contract, EnclaveRequirements, Veto
 from cenacle.documents.dsse import Envelope
 from cenacle.documents.party import Party
 from cenacle.documents.receipt import LogInclusion
-from cenacle.errors import CenacleError, InputError, ProofError, UnavailableError
+from cenacle.errors import ProofError
 
 __all__ = ["BrokerClient"]
 
 
-class BrokerClient:
-    """A connection to one broker, whose identity was pinned beforehand.
-
-    Args:
-        identity: the broker's public identity; its certificate is the only one accepted.
-        socket: a unix socket whose other end is relayed to the broker, instead of TCP.
-        timeout: seconds until a request fails.
+class BrokerClient(BrokerConnection):
+    """What parties and enclaves ask a broker for.
 
     Raises (every method): the broker's own error, rebuilt; :class:`UnavailableError` when it
     cannot be reached.
     """
-
-    def __init__(
-        self, identity: BrokerIdentity, *, socket: Path | None = None, timeout: float = 60.0
-    ) -> None:
-        if identity.url is None or identity.tls_certificate is None:
-            raise InputError(
-                "a broker's identity has no address",
-                found=f"keys of {identity.origin} alone",
-                expected="the file that `cenacle broker start` writes",
-            )
-        self.identity = identity
-        self._http = httpx.Client(
-            base_url=identity.url,
-            timeout=timeout,
-            transport=httpx.HTTPTransport(
-                verify=client_context(identity.tls_certificate),
-                uds=None if socket is None else str(socket),
-                retries=2,  # of connecting only: nothing is sent twice
-            ),
-        )
-
-    def close(self) -> None:
-        self._http.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    # ------------------------------------------------------------------ transport
-
-    def _call(self, method: str, path: str, body: Any = None) -> Any:
-        try:
-            response = self._http.request(method, path, json=body)
-            fields = response.json()
-        except httpx.HTTPError as error:
-            raise UnavailableError(
-                "the broker cannot be reached",
-                found=f"{type(error).__name__} at {self.identity.url}",
-                expected="a broker that shows the pinned certificate",
-                remedy="start it with `cenacle broker start`, or check the address",
-            ) from None
-        except (ValueError, RecursionError):
-            raise UnavailableError(
-                "the broker's answer is not JSON", found=f"HTTP {response.status_code}"
-            ) from None
-        if response.status_code != httpx.codes.OK:
-            raise CenacleError.from_dict(fields if isinstance(fields, dict) else {})
-        return fields
-
-    def _get(self, *path: str) -> Any:
-        return self._call("GET", "/v1/" + "/".join(quote(part, safe="") for part in path))
-
-    def _post(self, body: Any, *path: str) -> Any:
-        return self._call("POST", "/v1/" + "/".join(quote(part, safe="") for part in path), body)
-
-    def check_identity(self) -> None:
-        """Ask the broker who it is and compare its keys with the pinned ones."""
-        found = BrokerIdentity.from_fields(self._get("identity"))
-        if found.digest != self.identity.digest:
-            raise ProofError(
-                "the broker has other keys than pinned",
-                found=found.digest,
-                expected=self.identity.digest,
-                remedy="do not use it; ask its operator what happened",
-            )
 
     def require_attested(
         self, reference: EnclaveRequirements, verifiers: VerifierSet, now: datetime | None = None
@@ -141,6 +63,8 @@ class BrokerClient:
             EvidenceError: naming everything that is not as the reference values demand.
             UnavailableError: it does not attest.
         """
+        from cenacle.broker.attestation import NONCE_BYTES, verify_broker  # noqa: PLC0415
+
         nonce = secrets.token_bytes(NONCE_BYTES)
         evidence = self.evidence(nonce)
         moment = now or datetime.now(UTC)
@@ -148,6 +72,8 @@ class BrokerClient:
 
     def evidence(self, nonce: bytes) -> Evidence:
         """The broker's evidence for a nonce of 32 bytes; not verified."""
+        from cenacle.broker.attestation import AttestationRequest  # noqa: PLC0415
+
         sent = AttestationRequest(nonce=b64(nonce))
         return Evidence.from_fields(self._post(sent.to_fields(), "attestation"))
 
@@ -156,7 +82,7 @@ class BrokerClient:
     def register(self, party: Envelope, token: str) -> str:
         """Register with a one-time token; returns the party document's digest."""
         sent = Registration(party=party.to_fields(), token=token)
-        return _text(self._post(sent.to_fields(), "parties"), "digest")
+        return text_in(self._post(sent.to_fields(), "parties"), "digest")
 
     def party(self, name: str) -> Party:
         """A registered party's document; its own signature is checked."""
@@ -183,7 +109,7 @@ class BrokerClient:
         """Digest and name of each contract that ``party`` is in."""
         body = self._request(key, party, "list-contracts")
         found = self._post(body, "contracts", "of-party")
-        return [(_text(item, "digest"), _text(item, "name")) for item in _list(found)]
+        return [(text_in(item, "digest"), text_in(item, "name")) for item in listed(found)]
 
     def budget(self, key: SigningKey, party: str, asset: str) -> BudgetView:
         """What jobs have spent of the budget of an asset that ``party`` owns."""
@@ -202,12 +128,12 @@ class BrokerClient:
         upload = AssetUpload(
             manifest=manifest.to_fields(), deposit=Envelope.sign(deposit, signer).to_fields()
         )
-        return _text(self._post(upload.to_fields(), "assets"), "digest")
+        return text_in(self._post(upload.to_fields(), "assets"), "digest")
 
     def propose(self, contract: Contract, proposer: SigningKey) -> str:
         """Propose a contract; returns its digest. Proposing is not yet signing."""
         body = Envelope.sign(contract, proposer).to_fields()
-        return _text(self._post(body, "contracts"), "digest")
+        return text_in(self._post(body, "contracts"), "digest")
 
     def contract_view(self, digest: str) -> ContractView:
         return ContractView.from_fields(self._get("contracts", digest))
@@ -227,7 +153,7 @@ class BrokerClient:
         envelope = Envelope.from_fields(view.contract).signed_by(key)
         keyid = key.verify_key.keyid
         upload = SignatureUpload(keyid=keyid, signature=b64(envelope.signatures[keyid]))
-        return _text(self._post(upload.to_fields(), "contracts", digest, "signatures"), "party")
+        return text_in(self._post(upload.to_fields(), "contracts", digest, "signatures"), "party")
 
     def veto(self, digest: str, party: str, reason: str, key: SigningKey) -> None:
         veto = Veto(contract=digest, party=party, reason=reason)
@@ -236,7 +162,7 @@ class BrokerClient:
     # ------------------------------------------------------------------ enclaves
 
     def nonce(self, contract: str) -> bytes:
-        return unb64(_text(self._get("contracts", contract, "nonce"), "nonce"))
+        return unb64(text_in(self._get("contracts", contract, "nonce"), "nonce"))
 
     def release(self, request: ReleaseRequest) -> ReleaseResponse:
         """Ask for the keys; the answer's log inclusion is checked before it is returned."""
@@ -247,6 +173,30 @@ class BrokerClient:
     def checkpoint(self, record: CheckpointRecord, key: SigningKey) -> None:
         self._post(Envelope.sign(record, key).to_fields(), "checkpoints")
 
+    def advance_state(self, record: StateRecord, key: SigningKey) -> StateAnswer:
+        """Make a contract's state the newest; ``key`` is its enclave's. Safe to repeat."""
+        return StateAnswer.from_fields(self._post(Envelope.sign(record, key).to_fields(), "states"))
+
+    def run_nonce(self, run: str) -> tuple[bytes, int]:
+        """A nonce for evidence of a run, and how many entries of its list were judged."""
+        answer = self._get("runs", run, "nonce")
+        entries = answer.get("entries") if isinstance(answer, dict) else None
+        if type(entries) is not int or entries < 0:
+            raise wrong_form(answer, "an object with a count of entries")
+        return unb64(text_in(answer, "nonce")), entries
+
+    def reattest(self, nonce: bytes, evidence: Evidence, run: str, key: SigningKey) -> Reattested:
+        """Prove a running enclave again; ``key`` is the run's.
+
+        Raises:
+            RefusedError: the run was revoked.
+        """
+        record = EvidenceRecord(run=run, nonce=b64(nonce), evidence=evidence.digest)
+        upload = EvidenceUpload(
+            record=Envelope.sign(record, key).to_fields(), evidence=evidence.to_fields()
+        )
+        return Reattested.from_fields(self._post(upload.to_fields(), "runs", run, "evidence"))
+
     def settle(self, settlement: Envelope) -> LogInclusion:
         """Close a run; ``settlement`` is signed by the run's enclave. Safe to repeat."""
         settlement.peek(Settlement)
@@ -256,22 +206,10 @@ class BrokerClient:
 
     def open_run(self, contract: str) -> str | None:
         answer = self._get("contracts", contract, "open-run")
-        return None if answer == {"run": None} else _text(answer, "run")
+        return None if answer == {"run": None} else text_in(answer, "run")
 
     def abandon(self, run: str, key: SigningKey, party: str) -> None:
         self._post(self._request(key, party, "abandon", run), "abandonments")
-
-    def challenge_attestation_key(self, request: AttestationKeyRequest) -> AttestationKeyChallenge:
-        """A challenge for a TPM; see :mod:`cenacle.attestation.tpm_credential`."""
-        answer = self._post(request.to_fields(), "attestation", "keys")
-        return AttestationKeyChallenge.from_fields(answer)
-
-    def certify_attestation_key(self, answer: AttestationKeyAnswer) -> Envelope:
-        """The certificate of an attestation key; checked to be this broker's."""
-        fields = self._post(answer.to_fields(), "attestation", "keys", "activate")
-        envelope = Envelope.from_fields(fields)
-        envelope.verify_signature(self.identity.verify_key)
-        return envelope
 
     # ------------------------------------------------------------------ the log
 
@@ -283,19 +221,19 @@ class BrokerClient:
         """
         origin, key = self.identity.origin, self.identity.verify_key
         if earlier is None or earlier.size == 0:
-            text = _text(self._get("log", "head"), "head")
+            text = text_in(self._get("log", "head"), "head")
             return text, parse_and_verify_head(text, origin, key)
         answer = self._get("log", "consistency", str(earlier.size))
-        text = _text(answer, "head")
+        text = text_in(answer, "head")
         newest = parse_and_verify_head(text, origin, key)
-        verify_consistency(earlier, newest, _octets(answer, "path"))
+        verify_consistency(earlier, newest, octets_in(answer, "path"))
         return text, newest
 
     def entries(self, size: int) -> list[bytes]:
         """The bodies of the first ``size`` entries."""
         found: list[bytes] = []
         while len(found) < size:
-            page = _octets(self._get("log", "entries", str(len(found))), "entries")
+            page = octets_in(self._get("log", "entries", str(len(found))), "entries")
             if not page:
                 raise ProofError(
                     "the broker withholds log entries", found=len(found), expected=size
@@ -307,32 +245,3 @@ class BrokerClient:
         answer = LogInclusion.from_fields(self._get("log", "inclusion", str(index)))
         verify_inclusion(answer, self.identity)
         return answer
-
-
-def _wrong_form(answer: Any, expected: str) -> ProofError:
-    return ProofError(
-        "the broker's answer has another form than expected",
-        found=type(answer).__name__,
-        expected=expected,
-        remedy="use the same version of cenacle as the broker",
-    )
-
-
-def _list(answer: Any) -> list[Any]:
-    if not isinstance(answer, list):
-        raise _wrong_form(answer, "a list")
-    return answer
-
-
-def _text(answer: Any, name: str) -> str:
-    found = answer.get(name) if isinstance(answer, dict) else None
-    if not isinstance(found, str):
-        raise _wrong_form(answer, f"an object with a text named {name}")
-    return found
-
-
-def _octets(answer: Any, name: str) -> tuple[bytes, ...]:
-    found = answer.get(name) if isinstance(answer, dict) else None
-    if not isinstance(found, list) or not all(isinstance(item, str) for item in found):
-        raise _wrong_form(answer, f"an object with a list of texts named {name}")
-    return tuple(unb64(item) for item in found)

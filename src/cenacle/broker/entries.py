@@ -20,6 +20,7 @@ __all__ = [
     "LogRecord",
     "PartyEntry",
     "ReleaseEntry",
+    "RevocationEntry",
     "SettlementEntry",
     "SignatureEntry",
     "VetoEntry",
@@ -101,6 +102,21 @@ class AbandonmentEntry(LogRecord):
     run: NonEmpty
     contract: Digest
     party: Name
+
+
+class RevocationEntry(LogRecord):
+    """A run ended because its enclave no longer proved what its contract demands.
+
+    ``reason``: its evidence drifted, or none came in time. ``found`` names what: measurements,
+    files by their paths, the deadline. What it was charged stays charged.
+    """
+
+    kind: Literal["revocation"] = "revocation"
+    run: NonEmpty
+    contract: Digest
+    reason: Literal["drift", "deadline"]
+    found: NonEmpty
+    evidence: Digest | None = None
 
 
 class SettlementEntry(LogRecord):

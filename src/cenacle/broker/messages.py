@@ -6,9 +6,9 @@ transport adds confidentiality and nothing else.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cenacle.documents.base import (
     Base64,
@@ -31,8 +31,11 @@ __all__ = [
     "BudgetView",
     "CheckpointRecord",
     "ContractView",
+    "EvidenceRecord",
+    "EvidenceUpload",
     "Invitation",
     "PartyRequest",
+    "Reattested",
     "Registration",
     "ReleaseRequest",
     "ReleaseResponse",
@@ -40,6 +43,8 @@ __all__ = [
     "SettledOutput",
     "Settlement",
     "SignatureUpload",
+    "StateAnswer",
+    "StateRecord",
     "release_context",
 ]
 
@@ -156,6 +161,7 @@ class ReleaseResponse(Frozen):
     """The keys, sealed to the enclave, and the log entry that was durable before they left.
 
     ``sealed_keys`` opens to canonical JSON ``{"assets": {alias: base64}, "job": base64}``.
+    ``state_number`` and ``state_digest`` are the newest that any run of the contract recorded.
     """
 
     run: NonEmpty
@@ -163,6 +169,8 @@ class ReleaseResponse(Frozen):
     started: Timestamp
     checkpoint_version: Natural
     checkpoint_digest: Digest | None = None
+    state_number: Natural = 0
+    state_digest: Digest | None = None
     sealed_keys: Base64
     log: LogInclusion
 
@@ -176,6 +184,84 @@ class CheckpointRecord(Document):
     run: NonEmpty
     number: Annotated[int, Field(ge=1)]
     content: Digest
+
+
+class EvidenceRecord(Document):
+    """The enclave's signed statement that it made this evidence for this nonce of its run."""
+
+    media_type = "application/vnd.cenacle.evidence-record+json"
+
+    kind: Literal["evidence-record"] = "evidence-record"
+    version: Literal[1] = 1
+    run: NonEmpty
+    nonce: Base64
+    evidence: Digest
+
+
+class EvidenceUpload(Frozen):
+    """Fresh evidence of a running enclave.
+
+    Attributes:
+        record: the signed :class:`EvidenceRecord`.
+        evidence: what it names; its report data binds the nonce and the keys of the release.
+    """
+
+    record: EnvelopeFields
+    evidence: dict[str, Any]
+
+
+class Reattested(Frozen):
+    """The broker's answer to evidence that did not drift.
+
+    Attributes:
+        accepted: whether it counts. If not, nothing was held against it: it continues a list at
+            another place than the broker's, who restarted; ``entries`` tells where.
+        entries: how many entries of the kernel's list were judged (``ima``).
+        due: until when the next evidence must come.
+    """
+
+    accepted: bool
+    entries: Natural
+    due: Timestamp
+
+
+class StateRecord(Document):
+    """The enclave's signed statement that its contract's state is a newer one.
+
+    A contract's state is something that outlives its runs, of which the broker keeps the number
+    and digest alone, such as the journal of tickets. It never goes back.
+
+    Attributes:
+        number: one more than that of the state before.
+        content: digest of the new state.
+        previous: digest of the state before; absent for the first one.
+    """
+
+    media_type = "application/vnd.cenacle.state+json"
+
+    kind: Literal["state"] = "state"
+    version: Literal[1] = 1
+    contract: Digest
+    run: NonEmpty
+    number: Annotated[int, Field(ge=1, lt=1 << 53)]
+    content: Digest
+    previous: Digest | None = None
+
+    @model_validator(mode="after")
+    def _follows_something(self) -> Self:
+        if (self.number == 1) != (self.previous is None):
+            raise ValueError("every state but the first names the one before")
+        return self
+
+
+class StateAnswer(Frozen):
+    """The broker's word that a state is durable and the newest.
+
+    ``time`` is the broker's clock: never earlier than it told of this contract before.
+    """
+
+    number: Natural
+    time: Timestamp
 
 
 class SettledOutput(Frozen):

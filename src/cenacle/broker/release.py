@@ -37,10 +37,11 @@ from cenacle.broker.messages import (
     Settlement,
     release_context,
 )
+from cenacle.broker.reattestation import Reattestation, require_kept
 from cenacle.broker.records import load_contract
 from cenacle.broker.rules import Facts, decide, require
 from cenacle.broker.service import Broker
-from cenacle.broker.store import AssetRow, Place, ReadTransaction, RunRow, Transaction
+from cenacle.broker.store import AssetRow, Place, ReadTransaction, RunRow, StateRow, Transaction
 from cenacle.broker.unwrapping import UnwrappedKeys
 from cenacle.crypto import HpkePublicKey, SecretBytes, VerifyKey
 from cenacle.documents.asset import Asset
@@ -107,6 +108,7 @@ class Committed:
     place: Place
     assets: Mapping[str, Asset]
     rows: Mapping[str, AssetRow]
+    state: StateRow | None
 
 
 class ReleaseDesk:
@@ -116,6 +118,7 @@ class ReleaseDesk:
         self.broker = broker
         self._hpke = broker.keys.hpke_key.public_key
         self._secrets = JobSecrets()
+        self.reattestation = Reattestation(broker)
 
     def nonce(self, contract: str) -> bytes:
         """A nonce for one attempt to get one contract's keys.
@@ -222,6 +225,7 @@ class ReleaseDesk:
             resumptions = 0
         else:
             resumptions = tx.record_release(run, asked.enclave_key.raw) - 1
+        self.reattestation.begin(tx, run, facts.contract, claims, asked.recipient.raw)
         entry = ReleaseEntry(
             time=at,
             contract=request.contract,
@@ -235,7 +239,9 @@ class ReleaseDesk:
             privacy=facts.contract.privacy_events or None,
         )
         index, body = self.broker.record(tx, entry)
-        return Committed(resumptions, resumed, body, tx.place(index), facts.assets, rows)
+        # Read here, where the enclave before is fenced off, it is the newest there can be.
+        state = tx.state(request.contract)
+        return Committed(resumptions, resumed, body, tx.place(index), facts.assets, rows, state)
 
     def _reserve(self, tx: Transaction, run: str, contract: Contract) -> None:
         """Charge every asset: what the plan protects with its events, the rest without bound."""
@@ -294,6 +300,8 @@ class ReleaseDesk:
             started=format_time(asked.moment) if row is None else row.created_at,
             checkpoint_version=0 if row is None else row.checkpoint_version,
             checkpoint_digest=None if row is None else row.checkpoint_digest,
+            state_number=0 if done.state is None else done.state.number,
+            state_digest=None if done.state is None else done.state.digest,
             sealed_keys=b64(sealed),
             log=LogInclusion.model_construct(
                 index=done.place.index,
@@ -308,6 +316,8 @@ class ReleaseDesk:
         if request.resume is None:
             return None
         row = tx.run(request.resume)
+        if row is not None and row.contract == request.contract:
+            require_kept(tx, row, self.broker.clock())
         if row is None or row.contract != request.contract or row.state != "open":
             raise ConflictError(
                 "the run cannot be resumed",
@@ -333,20 +343,12 @@ class ReleaseDesk:
 
     # ------------------------------------------------------------------ while it runs
 
-    def _by_current_enclave(self, tx: ReadTransaction, run: str, envelope: Envelope) -> RunRow:
-        """The run, if the enclave that last got its keys signed; a replaced one is fenced off."""
-        row = tx.run(run)
-        if row is None or row.enclave_key is None:
-            raise InputError("a run does not exist", found=run)
-        envelope.verify_signature(VerifyKey(row.enclave_key))
-        return row
-
     def checkpoint(self, envelope: Envelope) -> None:
         """Make a checkpoint the newest of its run; every older one is void from now on."""
         stated = envelope.peek(CheckpointRecord)
 
         def change(tx: Transaction) -> None:
-            self._by_current_enclave(tx, stated.run, envelope)
+            self.reattestation.kept_run(tx, stated.run, envelope)
             tx.advance_checkpoint(stated.run, stated.number, stated.content)
             entry = CheckpointEntry(
                 time=format_time(self.broker.clock()),
@@ -363,7 +365,7 @@ class ReleaseDesk:
         stated = envelope.peek(Settlement)
 
         def change(tx: Transaction) -> LogInclusion:
-            row = self._by_current_enclave(tx, stated.run, envelope)
+            row = self.reattestation.kept_run(tx, stated.run, envelope)
             if row.contract != stated.contract:
                 raise InputError(
                     "a settlement names another contract",

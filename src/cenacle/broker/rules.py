@@ -26,7 +26,15 @@ from cenacle.documents.privacy import PrivacyLoss
 from cenacle.documents.serving import ServeJob
 from cenacle.errors import RefusedError
 
-__all__ = ["Facts", "Lineage", "decide", "expected_program", "require", "superseded_by"]
+__all__ = [
+    "Facts",
+    "Lineage",
+    "decide",
+    "evidence_clauses",
+    "expected_program",
+    "require",
+    "superseded_by",
+]
 
 
 @dataclass(frozen=True)
@@ -256,11 +264,19 @@ def _evidence(facts: Facts) -> list[Clause]:
                 "start the enclave again with `cenacle run`",
             )
         ]
+    return list(evidence_clauses(contract, facts.assets, claims))
+
+
+def evidence_clauses(
+    contract: Contract, assets: Mapping[str, Asset], claims: Claims
+) -> tuple[Clause, ...]:
+    """What a contract demands of its enclave, of claims that a verifier believes."""
+    kinds = " or ".join(contract.enclave.reference)
     # An unlisted kind gets no reference values, so every one of its measurements fails too.
     listed = contract.enclave.reference.get(claims.kind, {})
-    program = expected_program(contract, facts.assets)
+    program = expected_program(contract, assets)
     missing = sorted(set(contract.enclave.layers) - set(claims.layers))
-    return [
+    return (
         check(
             "contract",
             "evidence",
@@ -282,7 +298,7 @@ def _evidence(facts: Facts) -> list[Clause]:
             ", ".join(contract.enclave.layers) or "none",
             f"install what brings {', '.join(missing)}: `cenacle enclave layers` tells",
         ),
-    ]
+    )
 
 
 def _asset(alias: str, facts: Facts) -> list[Clause]:

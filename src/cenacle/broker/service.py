@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Self
 
+from cenacle.attestation.policies import check_policies
 from cenacle.attestation.registry import Verifier, VerifierSet
 from cenacle.attestation.simulated import SimulatedVerifier
 from cenacle.broker.entries import AssetEntry, ContractEntry, SignatureEntry, VetoEntry
@@ -132,7 +133,11 @@ class Broker(Membership):
     # ------------------------------------------------------------------ contracts
 
     def propose(self, envelope: Envelope) -> Contract:
-        """Take a contract, signed by the party that proposes it."""
+        """Take a contract, signed by the party that proposes it.
+
+        Raises:
+            CenacleError: it is not well made, names what is not here, or is there already.
+        """
         contract = envelope.peek(Contract)
         if contract.broker != self.digest:
             raise InputError(
@@ -141,6 +146,7 @@ class Broker(Membership):
                 expected=self.digest,
                 remedy="propose it to the broker that it names",
             )
+        check_policies(contract.enclave.policy or {})  # or no enclave could ever meet it
         with self.store.read() as tx:
             parties = self._pinned_parties(tx, contract)
             for ref in contract.assets.values():

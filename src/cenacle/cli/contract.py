@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from cenacle.attestation.policies import check_policies
 from cenacle.broker.receipts import OpenedContract
 from cenacle.cli.enclave import measure_here
 from cenacle.cli.evidence import CollateralOption, TctiOption, hardware_reference
@@ -132,10 +133,13 @@ def draft(
                 )
             outside = (wanted.offload or {}).get("scheme", "enclave") != "enclave"
             chosen = None if layers == "all" else layers.split(",")
+            serves = wanted.job.get("type") == "serve"
             if where == "vm":
-                enclave = machine_reference(image, chosen)
+                enclave = machine_reference(image, chosen, serving=serves)
             else:
-                enclave = measure_here(home, chosen, accelerators=outside, hardware=hardware)
+                enclave = measure_here(
+                    home, chosen, accelerators=outside, hardware=hardware, serving=serves
+                )
         fields = {
             "name": wanted.name,
             "purpose": wanted.purpose,
@@ -157,6 +161,9 @@ def draft(
             optional["privacy"] = completed_plan(wanted.privacy, wanted.job)
         fields |= {name: value for name, value in optional.items() if value is not None}
         contract = Contract.from_fields(fields)
+        fields["enclave"] = contract.enclave.completed().to_fields()
+        contract = Contract.from_fields(fields)
+        check_policies(contract.enclave.policy or {})
         text = contract.to_yaml()
         if out is not None:
             write_file(out, text.encode())
@@ -190,6 +197,16 @@ def propose(
         )
 
 
+def _reattestation_in_words(contract: Contract) -> list[str]:
+    seconds = contract.enclave.reattest_seconds
+    if not seconds:
+        return []
+    return [
+        f"While it runs, the enclave proves itself again every {seconds} s; a change of its "
+        f"machine or software, or {2 * seconds} s without a proof, ends the run for good."
+    ]
+
+
 def contract_in_words(opened: OpenedContract) -> list[str]:
     """What a contract permits, one sentence a line."""
     c = opened.contract
@@ -220,6 +237,7 @@ def contract_in_words(opened: OpenedContract) -> list[str]:
             else ""
         )
         + f"; sandbox layers demanded: {', '.join(c.enclave.layers) or 'none'}.",
+        *_reattestation_in_words(c),
         *plan_in_words(c),
         *privacy_in_words(c),
         f"Approval: {describe_rule(c.approval)}; signed so far: "

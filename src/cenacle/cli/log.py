@@ -62,6 +62,8 @@ def log(
             table = Table("entry", "time", "kind", "about", "digest")
             for index, entry in list(enumerate(entries))[-limit:]:
                 about = entry.get("party") or entry.get("owner") or entry.get("proposer") or ""
+                if entry["kind"] == "revocation":
+                    about = f"{entry.get('reason')}: {entry.get('found')}"
                 digest = entry.get("contract") or entry.get("asset") or entry.get("document") or ""
                 texts = (entry["time"], entry["kind"], about, short(digest))
                 table.add_row(str(index), *map(cell, texts))

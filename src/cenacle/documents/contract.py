@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Final, Literal, Self
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
@@ -44,6 +44,7 @@ from cenacle.documents.serving import ServeJob
 from cenacle.documents.terms import OutputKind
 
 __all__ = [
+    "REATTEST_SECONDS",
     "AssetRef",
     "Contract",
     "EnclaveRequirements",
@@ -51,7 +52,6 @@ __all__ = [
     "OffloadPlan",
     "Output",
     "Payment",
-    "REATTEST_SECONDS",
     "ProgramJob",
     "RecipeJob",
     "ServeJob",
@@ -59,7 +59,7 @@ __all__ = [
 ]
 
 REATTEST_SECONDS: Final = 300
-"""How often evidence that can drift is made again where a contract does not say."""
+"""How often evidence that can drift is made again, in drafts that do not say."""
 
 _DRIFTING: Final = frozenset({"ima", "tpm"})
 _IDENTIFIER = "[A-Za-z_][A-Za-z0-9_]*"
@@ -121,10 +121,9 @@ class EnclaveRequirements(Frozen):
             versions, chips), as the kind's own policy states it
             (:mod:`cenacle.attestation.policies`); the strictest where it is left out.
         layers: sandbox layers that must be active.
-        reattest_seconds: how often the enclave has to prove itself again while the job runs; 0:
-            never. Left out, it is :data:`REATTEST_SECONDS` for evidence of a running system,
-            which can drift (``ima``, ``tpm``, ``composite`` that starts with one of them), and
-            never for the rest. See :meth:`reattest_interval`.
+        reattest_seconds: how often the enclave has to prove itself again while the job runs; 0,
+            or left out: never. A draft gets :data:`REATTEST_SECONDS` where the evidence shows a
+            running system, which can drift (:meth:`completed`).
     """
 
     reference: Annotated[
@@ -164,13 +163,17 @@ class EnclaveRequirements(Frozen):
         """The fields of the policy of an evidence kind; empty for the strictest."""
         return (self.policy or {}).get(kind, {})
 
-    def reattest_interval(self, kind: str) -> int | None:
-        """Seconds between two proofs of an enclave that shows evidence of ``kind``; None: never."""
-        if self.reattest_seconds is not None:
-            return self.reattest_seconds or None
-        parts = self.policy_for(kind).get("kinds") if kind == "composite" else [kind]
-        first = parts[0] if isinstance(parts, list) and parts else None
-        return REATTEST_SECONDS if first in _DRIFTING else None
+    def completed(self) -> Self:
+        """With :data:`REATTEST_SECONDS` where nothing is said and the evidence can drift.
+
+        That is ``ima``, ``tpm``, and ``composite`` evidence that starts with one of them. It is
+        written out, so that what was signed does not depend on a default.
+        """
+        parts = self.policy_for("composite").get("kinds")
+        shown = {*self.reference, *(parts[:1] if isinstance(parts, list) else ())}
+        if self.reattest_seconds is not None or not _DRIFTING & shown:
+            return self
+        return self.model_copy(update={"reattest_seconds": REATTEST_SECONDS})
 
     @property
     def weakest(self) -> Protection:

@@ -39,6 +39,7 @@ __all__ = [
     "OutputRecord",
     "Receipt",
     "ReceiptBundle",
+    "ServingRecord",
     "Statement",
     "Subject",
 ]
@@ -136,6 +137,30 @@ class OutputRecord(Frozen):
         return (b"cenacle/output-key", contract.encode(), name.encode(), header.encode())
 
 
+class ServingRecord(Frozen):
+    """What an enclave answered, since it started: what was asked of one before it, which it took
+    over from, is not counted. Which model, which part of its scores left and whose tickets paid
+    stands in the contract.
+
+    Attributes:
+        queries: that were answered.
+        rows: in them; what tickets are counted in.
+        sealed: of the queries, those that the host could not read.
+        refused: queries that got an error.
+    """
+
+    queries: Natural
+    rows: Natural
+    sealed: Natural
+    refused: Natural
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.sealed > self.queries or self.rows < self.queries:
+            raise ValueError("more sealed queries than queries, or queries without a row")
+        return self
+
+
 class LogInclusion(Frozen):
     """A log entry with the proof that a signed tree head includes it (RFC 9162, 2.1.3)."""
 
@@ -161,6 +186,7 @@ class Receipt(Frozen):
     privacy: PrivacyRecord | Literal["none: the outputs are not differentially private"]
     offload: LeakageRecord
     accelerators: OffloadRecord | None = None
+    serving: ServingRecord | None = None
     resumed: Natural
     started: Timestamp
     finished: Timestamp

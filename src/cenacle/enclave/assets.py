@@ -1,18 +1,15 @@
-"""The sealed files of a job: checked without keys, then opened with them."""
+"""The sealed files of a job, checked without keys; see ``readers`` for what opens them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
 
-from cenacle.crypto import SecretBytes
 from cenacle.documents.asset import Asset
 from cenacle.errors import CenacleError, InputError, SealError
-from cenacle.sealing import SealedReader, TableReader, TensorReader, verify_digest
+from cenacle.sealing import verify_digest
 
-__all__ = ["AssetReader", "asset_path", "check_files", "open_asset", "reader_for"]
-
-AssetReader = TableReader | TensorReader | SealedReader
+__all__ = ["asset_path", "check_files"]
 
 
 def asset_path(paths: Mapping[str, Path], index: int) -> Path:
@@ -39,33 +36,3 @@ def check_files(assets: Mapping[str, Asset], paths: Mapping[str, Path]) -> None:
                 expected=asset.container.digest,
                 remedy=f"get the file again from {asset.owner}, and pass it with --data",
             ) from None
-
-
-def open_asset(asset: Asset, path: Path, key: SecretBytes) -> AssetReader:
-    """A lazy reader: plaintext appears only in this process, only of what is read.
-
-    Raises:
-        SealError: the file is not the one in the manifest, or its content does not open.
-    """
-    container = asset.container
-    reader = SealedReader(
-        path, key, expected_header=container.header, expected_digest=container.digest
-    )
-    if reader.kind != asset.content:
-        raise SealError(
-            "a sealed file is of another kind than its manifest says",
-            found=reader.kind,
-            expected=asset.content,
-        )
-    return reader_for(reader)
-
-
-def reader_for(reader: SealedReader) -> AssetReader:
-    """The reader that fits the content: of a table, of tensors, or the plain one."""
-    match reader.kind:
-        case "table":
-            return TableReader(reader)
-        case "tensors":
-            return TensorReader(reader)
-        case _:
-            return reader

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,6 +194,7 @@ class Channel:
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self._order = _Order()
+        self._sending = threading.Lock()  # two threads may have something to say
 
     @property
     def ended(self) -> bool:
@@ -201,17 +203,16 @@ class Channel:
 
     def stage(self, name: StageName) -> None:
         """Enter a stage; raises EnclaveError if it is not after the current one."""
-        if name not in STAGES or not self._order.admit(Stage(name)):
+        fields = {"kind": "stage", "name": name}
+        if name not in STAGES or not self._send(Stage(name), fields):
             raise EnclaveError("the stages of a job come in order, each once", found=name)
-        self._send({"kind": "stage", "name": name})
 
     def progress(self, done: int, total: int) -> None:
         """Report ``done`` of ``total``; sent only when it is a new step of the thousand."""
         if total < 1:
             raise EnclaveError("progress needs a total of at least 1", found=total)
         message = _quantise(int(done), int(total))
-        if self._order.admit(message):
-            self._send({"kind": "progress", "done": message.done, "total": message.total})
+        self._send(message, {"kind": "progress", "done": message.done, "total": message.total})
 
     def finished(
         self, outputs: Iterable[OutputFile] = (), receipt: OutputFile | None = None
@@ -222,23 +223,20 @@ class Channel:
         for file in (*listed, *((receipt,) if receipt else ())):
             if not _FILE_NAME.fullmatch(file.name) or not _DIGEST.fullmatch(file.digest):
                 raise EnclaveError("an output has no usable name or digest", found=file.name)
-        if len(listed) > MAX_OUTPUTS or not self._order.admit(message):
+        fields = {
+            "kind": "finished",
+            "outputs": [[file.name, file.digest] for file in listed],
+            "receipt": [receipt.name, receipt.digest] if receipt else None,
+        }
+        if len(listed) > MAX_OUTPUTS or not self._send(message, fields):
             raise EnclaveError("a job finishes once, with at most 256 outputs")
-        self._send(
-            {
-                "kind": "finished",
-                "outputs": [[file.name, file.digest] for file in listed],
-                "receipt": [receipt.name, receipt.digest] if receipt else None,
-            }
-        )
 
     def failed(self, error: BaseException) -> None:
         """Send the last message of a job that failed: see :func:`public_error`."""
         fields = public_error(error)
-        if self._order.admit(Failed(fields)):
-            # A host that is gone cannot be told.
-            with contextlib.suppress(OSError):
-                self._send({"kind": "failed", "error": fields})
+        # A host that is gone cannot be told.
+        with contextlib.suppress(OSError):
+            self._send(Failed(fields), {"kind": "failed", "error": fields})
 
     def close(self) -> None:
         """Close the pipe. Safe to call twice."""
@@ -252,10 +250,15 @@ class Channel:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _send(self, fields: dict[str, Any]) -> None:
+    def _send(self, message: Message, fields: dict[str, Any]) -> bool:
+        """Whether the message may come now; if so, it is sent."""
         line = memoryview(json.dumps(fields, separators=(",", ":")).encode() + b"\n")
-        while line:
-            line = line[os.write(self._fd, line) :]
+        with self._sending:
+            if not self._order.admit(message):
+                return False
+            while line:
+                line = line[os.write(self._fd, line) :]
+        return True
 
 
 class _Malformed(Exception):  # noqa: N818 - never leaves this module

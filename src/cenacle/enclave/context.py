@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from cenacle.enclave.assets import AssetReader
+from cenacle.enclave.readers import AssetReader
 from cenacle.errors import InputError
 
 if TYPE_CHECKING:

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from cenacle.crypto import SecretBytes
 from cenacle.documents.asset import Asset
 from cenacle.documents.base import canonical_json, unb64
-from cenacle.enclave.assets import AssetReader, open_asset
 from cenacle.enclave.context import JobContext
 from cenacle.enclave.frames import read_frame, send_frame
+from cenacle.enclave.readers import AssetReader, open_asset
 from cenacle.errors import InputError
 from cenacle.sealing import PackageFinder, SealedReader, read_package
 from cenacle.sealing.safetensors_format import check_name

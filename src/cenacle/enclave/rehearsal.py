@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cenacle.crypto import SecretBytes
-from cenacle.enclave.assets import AssetReader, reader_for
 from cenacle.enclave.context import JobContext
 from cenacle.enclave.program_runner import OutputRules
+from cenacle.enclave.readers import AssetReader, reader_for
 from cenacle.errors import EnclaveError
 from cenacle.sealing import SealedReader, seal_path
 

@@ -17,10 +17,11 @@ from cenacle.broker.messages import (
     CheckpointRecord,
     ReleaseRequest,
     ReleaseResponse,
+    StateRecord,
     release_context,
 )
 from cenacle.crypto import HpkePrivateKey, SecretBytes, SigningKey, derive_key
-from cenacle.documents.base import b64, parse_json, unb64
+from cenacle.documents.base import b64, parse_json, parse_time, unb64
 from cenacle.documents.receipt import Binding
 from cenacle.errors import ConflictError, EnclaveError, ProofError, UnavailableError
 
@@ -32,13 +33,13 @@ _PATIENCE_S: Final = 60.0
 _PAUSE_S: Final = 0.5
 
 
-def patiently(call: Callable[[], T]) -> T:
-    """Repeat a call that may be repeated while the broker is away, for a minute.
+def patiently(call: Callable[[], T], seconds: float | None = None) -> T:
+    """Repeat a call that may be repeated while the broker is away, for a minute or as long as told.
 
     Raises:
         UnavailableError: it did not come back.
     """
-    deadline = time.monotonic() + _PATIENCE_S
+    deadline = time.monotonic() + (_PATIENCE_S if seconds is None else seconds)
     while True:
         try:
             return call()
@@ -153,6 +154,32 @@ class Session:
                     raise
 
         patiently(register)
+
+    def advance_state(
+        self, number: int, content: str, previous: str | None, patience: float | None = None
+    ) -> datetime:
+        """Make a state the newest of this run's contract; it is durable when this returns.
+
+        Safe to repeat with the same arguments.
+
+        Returns:
+            The broker's time, which never goes back.
+
+        Raises:
+            ConflictError: the run is closed, or the state does not follow the newest one.
+            SignatureError: another enclave holds the run by now.
+            UnavailableError: no answer within ``patience`` seconds, or a minute; it may have been
+                recorded.
+        """
+        record = StateRecord(
+            contract=self.contract,
+            run=self.release.run,
+            number=number,
+            content=content,
+            previous=previous,
+        )
+        answer = patiently(lambda: self.client.advance_state(record, self.signing_key), patience)
+        return parse_time(answer.time)
 
     def close(self) -> None:
         """Wipe every key but the signing key, which the receipt still needs."""

@@ -35,12 +35,13 @@ from cenacle.broker.messages import (
     release_context,
 )
 from cenacle.broker.release import ReleaseDesk
+from cenacle.broker.rules import expected_program
 from cenacle.broker.service import Broker
 from cenacle.broker.store import Store
 from cenacle.crypto import HpkePrivateKey, SigningKey
 from cenacle.documents.asset import Asset
 from cenacle.documents.base import b64, format_time, parse_json, sha256_digest, unb64
-from cenacle.documents.contract import Contract, RecipeJob, Veto
+from cenacle.documents.contract import Contract, Veto
 from cenacle.documents.dsse import Envelope
 from cenacle.documents.party import Party
 from cenacle.documents.privacy import NOT_PRIVATE, PrivacyEvent
@@ -437,15 +438,9 @@ class World:
 
     def enclave(self, digest: str, **changes: Any) -> Enclave:
         contract = Envelope.from_fields(self.broker.contract(digest).contract).peek(Contract)
-        program = (
-            contract.job.program_digest()
-            if isinstance(contract.job, RecipeJob)
-            else next(
-                asset.container.digest
-                for asset in self.assets.values()
-                if asset.digest == contract.assets[contract.job.program].digest
-            )
-        )
+        digests = {ref.digest: alias for alias, ref in contract.assets.items()}
+        assets = {digests[a.digest]: a for a in self.assets.values() if a.digest in digests}
+        program = expected_program(contract, assets)
         return Enclave(self, digest, {**SOFTWARE, "program": program}, **changes)
 
     def race(self, requests: Sequence[ReleaseRequest]) -> list[str]:

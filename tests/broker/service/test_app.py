@@ -7,8 +7,10 @@ import json
 import logging
 import socket
 import ssl
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +19,18 @@ import pytest
 
 from cenacle.broker.client import BrokerClient
 from cenacle.broker.identity import BrokerIdentity
-from cenacle.broker.messages import CheckpointRecord
+from cenacle.broker.messages import CheckpointRecord, StateRecord
 from cenacle.broker.server import bind, serving
 from cenacle.broker.tls import client_context, ensure_certificate
 from cenacle.crypto import HpkePrivateKey, SecretBytes, SigningKey
-from cenacle.documents.base import MAX_DOCUMENT_BYTES, b64, format_time
+from cenacle.documents.base import MAX_DOCUMENT_BYTES, b64, format_time, parse_time
 from cenacle.documents.dsse import Envelope
 from cenacle.documents.party import Party
 from cenacle.errors import (
     CenacleError,
     ConflictError,
     DocumentError,
+    EvidenceError,
     InputError,
     ProofError,
     RefusedError,
@@ -124,6 +127,10 @@ def test_a_job_through_the_client(served: Any, client: BrokerClient) -> None:
     client.checkpoint(
         CheckpointRecord(run=answer.run, number=1, content="sha256:" + "1" * 64), enclave.signing
     )
+    state = StateRecord(contract=digest, run=answer.run, number=1, content="sha256:" + "2" * 64)
+    assert answer.state_number == 0
+    for _ in range(2):
+        assert client.advance_state(state, enclave.signing).number == 1
     settled = client.settle(Envelope.sign(enclave.settlement(answer.run), enclave.signing))
     assert client.inclusion(settled.index).entry == settled.entry
 
@@ -140,6 +147,32 @@ def test_a_job_through_the_client(served: Any, client: BrokerClient) -> None:
     run = world.enclave(third).release().run
     client.abandon(run, owner.signing, "hospital-a")
     assert client.open_run(third) is None
+
+
+def test_a_served_broker_watches_its_runs(
+    served: Any, client: BrokerClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = served
+    enclave = world.enclave(
+        world.agree(enclave={"reference": world.reference(), "layers": [], "reattest_seconds": 60})
+    )
+    run = enclave.release().run
+    nonce, entries = client.run_nonce(run)
+    assert entries == 0
+    evidence = enclave.attest(nonce)
+    answer = client.reattest(nonce, evidence, run, enclave.signing)
+    assert answer.accepted
+    assert timedelta(0) < parse_time(answer.due) - world.clock() <= timedelta(minutes=2)
+    with pytest.raises(EvidenceError, match="shown before"):
+        client.reattest(nonce, evidence, run, enclave.signing)
+    monkeypatch.setattr(world.broker, "clock", lambda: world.clock() + timedelta(seconds=121))
+    record = CheckpointRecord(run=run, number=1, content="sha256:" + "1" * 64)
+    with pytest.raises(RefusedError, match="revoked"):
+        client.checkpoint(record, enclave.signing)
+    until = time.monotonic() + 60
+    while "revocation" not in world.kinds():  # it looks every two seconds
+        assert time.monotonic() < until
+        time.sleep(0.05)
 
 
 def test_errors_arrive_as_they_were_raised(served: Any, client: BrokerClient) -> None:
@@ -290,7 +323,9 @@ POSTS = [
     "/v1/vetoes",
     "/v1/contracts/of-party",
     "/v1/releases",
+    "/v1/runs/x/evidence",
     "/v1/checkpoints",
+    "/v1/states",
     "/v1/settlements",
     "/v1/abandonments",
     "/v1/budgets",

@@ -216,6 +216,16 @@ def test_a_proposal_that_names_what_is_not_here(
     assert isinstance(refused(lambda: world.propose(contract)), InputError)
 
 
+def test_a_policy_that_no_enclave_could_meet_is_refused_at_once(
+    world: Any, refused: Refused
+) -> None:
+    reference = {**world.reference(), "tpm": {"pcr4": ["sha256:" + "1" * 64]}}
+    enclave = {"reference": reference, "policy": {"tpm": {"allow_everything": True}}}
+    error = refused(lambda: world.propose(world.contract(enclave=enclave)))
+    assert isinstance(error, DocumentError)
+    assert "allow_everything" in str(error)
+
+
 def test_a_contract_is_proposed_once(world: Any, refused: Refused) -> None:
     contract = world.contract()
     world.propose(contract)

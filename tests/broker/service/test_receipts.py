@@ -20,6 +20,7 @@ from cenacle.attestation.simulated import InstallationKey, SimulatedAttester, Si
 from cenacle.broker.receipts import (
     VerifiedReceipt,
     _check_accelerators,
+    _check_serving,
     open_contract,
     read_bundle,
     verify_receipt,
@@ -28,7 +29,8 @@ from cenacle.crypto import SigningKey
 from cenacle.documents.base import b64, canonical_json, parse_json, unb64
 from cenacle.documents.dsse import Envelope
 from cenacle.documents.offload import OffloadPlan
-from cenacle.documents.receipt import OffloadRecord, Statement
+from cenacle.documents.receipt import OffloadRecord, ServingRecord, Statement
+from cenacle.documents.serving import ServeJob
 from cenacle.errors import CenacleError, DocumentError, EvidenceError, ProofError, RefusedError
 from tests.support.nested import leaves, replaced
 
@@ -477,6 +479,49 @@ def test_an_account_that_contradicts_itself_is_no_account(change: Fields) -> Non
     assert OffloadRecord.from_fields(_USED)
     with pytest.raises(DocumentError):
         OffloadRecord.from_fields({**_USED, **change})
+
+
+_SERVED = {"queries": 5, "rows": 9, "sealed": 5, "refused": 2}
+
+
+def test_a_count_of_queries_where_nothing_is_served(finished: Finished) -> None:
+    def change(fields: Fields) -> None:
+        fields["predicate"]["serving"] = _SERVED
+
+    with pytest.raises(ProofError, match="count of queries is not the contract's"):
+        finished.verify(finished.restated(change))
+
+
+@pytest.mark.parametrize(
+    ("job", "counted", "problem"),
+    [
+        ({}, {}, None),
+        ({}, {"sealed": 0}, None),
+        ({}, None, "count of queries is not the contract's"),
+        ({"sealed_only": True}, {}, None),
+        ({"sealed_only": True}, {"sealed": 4}, "answered in plain"),
+    ],
+)
+def test_what_a_receipt_says_of_queries_fits_the_job(
+    job: Fields, counted: Fields | None, problem: str | None
+) -> None:
+    fields = {"model": "net", "outputs": {"form": "label"}, **job}
+    contract: Any = SimpleNamespace(job=ServeJob.from_fields({"type": "serve", **fields}))
+    record = None if counted is None else ServingRecord.from_fields({**_SERVED, **counted})
+    receipt: Any = SimpleNamespace(serving=record)
+    if problem is None:
+        _check_serving(receipt, contract)
+    else:
+        with pytest.raises(ProofError, match=problem):
+            _check_serving(receipt, contract)
+
+
+@pytest.mark.parametrize(
+    "change", [{"sealed": 6}, {"rows": 4}, {"queries": -1}, {"refused": 0.5}, {"more": 1}], ids=str
+)
+def test_a_count_that_contradicts_itself_is_no_count(change: Fields) -> None:
+    with pytest.raises(DocumentError):
+        ServingRecord.from_fields({**_SERVED, **change})
 
 
 def test_outputs_that_are_not_the_settled_ones(make_world: Any, tmp_path: Path) -> None:
