@@ -21,12 +21,15 @@ from pathlib import Path
 from typing import Final
 
 import cenacle
+from cenacle.attestation.bytecode import module_roots, relative_name
 from cenacle.crypto.kdf import encode_fields
 from cenacle.documents.base import Digest
 from cenacle.errors import UnavailableError
 
 __all__ = [
     "MEASURED_ROOT",
+    "import_folders",
+    "measure_bytecode",
     "measure_dependencies",
     "measure_enclave",
     "measure_interpreter",
@@ -133,7 +136,8 @@ def measure_interpreter() -> Digest:
     )
 
 
-def _import_folders() -> Iterator[Path]:
+def import_folders() -> Iterator[Path]:
+    """Where an enclave's Python looks for modules, after its standard library."""
     # A source tree's folder is searched first of all, so what lies beside the package counts.
     for name in [*os.environ.get("PYTHONPATH", "").split(os.pathsep), *site.getsitepackages()]:
         try:
@@ -155,9 +159,22 @@ def measure_dependencies(roots: Iterable[Path] | None = None) -> Digest:
     """
     return _digest(
         (f"{index}/{name}", path)
-        for index, root in enumerate(_import_folders() if roots is None else roots)
+        for index, root in enumerate(import_folders() if roots is None else roots)
         for name, path in _walk(root, _CACHE)
         if not name.endswith(_NOT_CODE) and not name.startswith("cenacle/")
+    )
+
+
+def measure_bytecode(cache: Path) -> Digest:
+    """Every file below the folder where this interpreter looks for byte code.
+
+    Raises:
+        UnavailableError: something in it cannot be read, or belongs to no measured source.
+    """
+    stdlib = Path(sysconfig.get_path("stdlib"))
+    roots = module_roots(stdlib, list(import_folders()))
+    return _digest(
+        (relative_name(Path("/", name), roots), path) for name, path in _walk(cache, frozenset())
     )
 
 
@@ -173,8 +190,11 @@ def measure_enclave() -> dict[str, Digest]:
     """
     if MEASURED_ROOT.is_file():
         return {}
-    return {
+    measured = {
         "interpreter": measure_interpreter(),
         "package": measure_package(),
         "dependencies": measure_dependencies(),
     }
+    if sys.pycache_prefix is not None and Path(sys.pycache_prefix).is_dir():
+        measured["bytecode"] = measure_bytecode(Path(sys.pycache_prefix))
+    return measured

@@ -280,6 +280,9 @@ def test_one_changed_byte_of_the_package_is_refused_by_name(
         "cenacle.enclave.launcher.enclave_environment",
         lambda threads: {**original(threads), "PYTHONPATH": str(copy)},
     )
+    nothing = house.path("no-byte-code")
+    nothing.mkdir()
+    monkeypatch.setattr("cenacle.enclave.launcher.bytecode_folder", lambda: nothing)
     mounted = house.plan.layers
     request_files = {"a": patients["a"].path}
     if "bubblewrap" in mounted or "landlock" in mounted:
@@ -290,7 +293,8 @@ def test_one_changed_byte_of_the_package_is_refused_by_name(
         )
     outcome = house.run(digest, patients, files=request_files)
     assert isinstance(outcome.error, RefusedError)
-    assert [clause["name"] for clause in outcome.error.clauses] == ["measurement package"]
+    failed = [clause["name"] for clause in outcome.error.clauses]
+    assert failed == ["measurement bytecode", "measurement package"]
     assert house.uses(patients["a"]) == before
 
 

@@ -20,13 +20,16 @@ __all__ = [
     "interpreter_folders",
 ]
 
-# Byte code beside the sources is not measured, so an enclave must not run it.
+# Byte code beside the sources is not measured, so an enclave must not run it. It runs none, or
+# that of a folder which it measures.
 NO_BYTECODE = "/nonexistent/cenacle-bytecode"
 
 ENVIRONMENT = {
     "HOME": "/nonexistent",
     "LC_ALL": "C.UTF-8",
     "LOGNAME": "enclave",
+    # ONNX Runtime would report its use to its maker; an enclave has no way there, and keeps quiet.
+    "ORT_DISABLE_TELEMETRY": "1",
     "PYTHONDONTWRITEBYTECODE": "1",
     "PYTHONHASHSEED": "0",
     "PYTHONNOUSERSITE": "1",
@@ -92,12 +95,16 @@ def interpreter_folders() -> tuple[Path, ...]:
     )
 
 
-def interpreter_command() -> list[str]:
-    """Python without the user's site folder, script folder or byte-code caches.
+def interpreter_command(bytecode: Path | None = None) -> list[str]:
+    """Python without the user's site folder, script folder or byte code beside sources.
 
     ``-I`` would do the same but ignore ``PYTHONHASHSEED``, and the environment is ours anyway.
+
+    Args:
+        bytecode: a folder of byte code, which the enclave measures; by default there is none.
     """
-    return [sys.executable, "-s", "-P", "-B", "-X", f"pycache_prefix={NO_BYTECODE}"]
+    prefix = NO_BYTECODE if bytecode is None else bytecode
+    return [sys.executable, "-s", "-P", "-B", "-X", f"pycache_prefix={prefix}"]
 
 
 def enclave_environment(threads: int) -> dict[str, str]:

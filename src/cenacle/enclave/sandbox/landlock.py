@@ -12,6 +12,7 @@ import errno
 import importlib
 import os
 import socket
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,8 @@ class LandlockLayer(InnerLayer):
                 remedy="import numpy, torch and the like after the layers are applied",
             )
         job_read = [mount.inside for mount in view.read_only]
+        if sys.pycache_prefix:  # byte code that this interpreter was started with
+            job_read += _existing([Path(sys.pycache_prefix)])
         job_write = [mount.inside for mount in view.writable]
         try:
             rules = api.Landlock(strict=False)

@@ -43,7 +43,7 @@ class ProcessLayer(InnerLayer):
             "dumpable": False,
             "environment": dict(ENVIRONMENT),
             "no_new_privileges": True,
-            "reads_bytecode_caches": False,
+            "reads_bytecode": "measured",
         }
 
     def accepts(self, settings: Mapping[str, Any]) -> bool:
@@ -85,5 +85,7 @@ class ProcessLayer(InnerLayer):
                 "environment variables of the host: " + (", ".join(sorted(foreign)) or "changed"),
                 "the fixed environment",
             )
-        if sys.pycache_prefix != NO_BYTECODE or os.path.lexists(NO_BYTECODE):
-            raise self._inactive("byte-code caches that nobody measured", "no byte-code caches")
+        # Without a prefix Python reads what lies beside the sources; below one it reads what
+        # cenacle.attestation.measure measures.
+        if not sys.pycache_prefix or os.path.lexists(NO_BYTECODE) or not sys.dont_write_bytecode:
+            raise self._inactive("byte code that nobody measured", "none, or a measured folder")
