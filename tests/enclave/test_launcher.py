@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 from collections.abc import Callable, Iterator
@@ -133,6 +136,38 @@ def test_a_job_from_start_to_end(name: str, start: Start, tmp_path: Path) -> Non
     assert list(enclave.messages()) == expected
     assert enclave.wait(20) == enclave.wait() == result
     assert (outputs / "y.sealed").read_bytes() == b"ciphertext" + config["more"].encode()
+
+
+def test_an_enclave_that_serves_reaches_its_hosts_server_and_the_broker_alone(
+    start: Start, plans: dict[str, SandboxPlan], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = Path(tempfile.mkdtemp(prefix="cenacle-")) / "serving.sock"
+    with contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, path.parent)
+        server = stack.enter_context(socket.socket(socket.AF_UNIX))
+        server.bind(str(path))
+        server.listen(1)
+        server.settimeout(30)
+        enclave = start(
+            """
+            import socket
+            assert set(config.paths) == {"broker_socket", "serving_socket"}
+            with socket.socket(socket.AF_UNIX) as s:
+                s.connect(str(config.paths["serving_socket"]))
+                s.sendmsg([b"an", b"swer"])
+                buffer = bytearray(3)
+                assert s.recv_into(buffer) == 3 and buffer == b"ask"
+            channel.finished()
+            """,
+            plan=dataclasses.replace(plans["all"], serving=True),
+            serving=path,
+        )
+        connection, _ = server.accept()
+        with connection:
+            connection.settimeout(30)
+            assert connection.recv(6, socket.MSG_WAITALL) == b"answer"
+            connection.sendall(b"ask")
+            assert enclave.wait(30).outputs == ()
 
 
 def test_a_single_file_can_be_mounted(start: Start, tmp_path: Path) -> None:
@@ -360,6 +395,10 @@ def test_out_of_memory_is_told_from_a_kill(start: Start, monkeypatch: pytest.Mon
         ({"read_only": {"../up": Path("/usr")}}, "unusable name"),
         ({"read_only": {"broker_socket": Path("/usr")}}, "unusable name"),
         ({"read_only": {"x": Path("/usr")}, "writable": {"x": Path("/usr")}}, "same name"),
+        ({"read_only": {"serving_socket": Path("/usr")}}, "unusable name"),
+        ({"serving": Path("/usr")}, "differ in whether the enclave serves"),
+        ({"plan": SandboxPlan({}, serving=True)}, "differ in whether the enclave serves"),
+        ({"plan": SandboxPlan({}, serving=True), "serving": Path("/usr")}, "does not exist"),
         ({"config": {"x": object()}}, "must be JSON"),
         ({"config": {"x": float("nan")}}, "must be JSON"),
     ],

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import pytest
@@ -192,7 +192,13 @@ class House:
     # ------------------------------------------------------------------ before the job
 
     def seal(
-        self, owner: str, source: Path, *, allow_missing: bool = False, **terms: Any
+        self,
+        owner: str,
+        source: Path,
+        *,
+        type_: Literal["dataset", "model"] | None = None,
+        allow_missing: bool = False,
+        **terms: Any,
     ) -> Sealed:
         """Seal a file or a program's folder, sign its manifest, deposit its key."""
         name = self.fresh(f"{owner}-asset")
@@ -203,6 +209,7 @@ class House:
             self.folder / owner / f"{name}.sealed",
             Terms.from_fields({**TERMS, **terms}),
             name=name,
+            type_=type_,
             allow_missing=allow_missing,
         )
         return Sealed(made.asset, made.sealed)
@@ -221,7 +228,12 @@ class House:
         plan_ = chosen or self.plan
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("cenacle.enclave.reference.measure_in_sandbox", _measured_once)
-            return measure_here(self.operator, plan_.layers, accelerators=plan_.accelerators)
+            return measure_here(
+                self.operator,
+                plan_.layers,
+                accelerators=plan_.accelerators,
+                serving=plan_.serving,
+            )
 
     def contract(
         self,

@@ -28,6 +28,7 @@ from cenacle.documents.offload import EnclavePlan, MeasuredPlan
 from cenacle.documents.party import Party
 from cenacle.documents.privacy import PrivacyRecord
 from cenacle.documents.receipt import LogInclusion, Receipt, ReceiptBundle, Statement
+from cenacle.documents.serving import ServeJob
 from cenacle.errors import ProofError
 
 __all__ = [
@@ -275,6 +276,7 @@ def _check_statement(receipt: Receipt, opened: OpenedContract) -> None:
         receipt.offload.scheme,
         opened.contract.offload.scheme,
     )
+    _check_serving(receipt, opened.contract)
     _check_accelerators(receipt, opened.contract)
     _check_privacy(receipt, opened.contract)
 
@@ -303,6 +305,25 @@ def _check_privacy(receipt: Receipt, contract: Contract) -> None:
         [event.to_fields() for event in stated.events],
         [event.to_fields() for event in planned],
     )
+
+
+def _check_serving(receipt: Receipt, contract: Contract) -> None:
+    """Queries are counted exactly if the job serves, and none came in plain that must not."""
+    job, counted = contract.job, receipt.serving
+    serves = isinstance(job, ServeJob)
+    _must(
+        (counted is not None) == serves,
+        "the statement's count of queries is not the contract's job's",
+        "no count" if counted is None else f"{counted.queries} queries",
+        "a count" if serves else "no count",
+    )
+    if isinstance(job, ServeJob) and job.sealed_only and counted is not None:
+        _must(
+            counted.sealed == counted.queries,
+            "queries were answered in plain that the contract wants sealed",
+            f"{counted.sealed} of {counted.queries} sealed",
+            "all of them",
+        )
 
 
 def _check_accelerators(receipt: Receipt, contract: Contract) -> None:

@@ -28,20 +28,22 @@ def measure_here(
     *,
     accelerators: bool = False,
     hardware: Mapping[str, Any] | None = None,
+    serving: bool = False,
 ) -> dict[str, Any]:
     """Reference values of this machine's enclave, as a contract's ``enclave`` field.
 
     Measured in an enclave with the same sandbox that is started for it, but for the sockets to
-    accelerators and hardware, of which the sandbox's own digest tells.
+    accelerators, hardware and a server, of which the sandbox's own digest tells.
 
     Args:
         hardware: what the machine's hardware shows (:func:`~cenacle.cli.evidence.
             hardware_reference`); without it the enclave's evidence is simulated.
+        serving: with the socket to the server of a job that serves.
     """
     from cenacle.enclave.reference import measure_in_sandbox
     from cenacle.enclave.sandbox import plan
 
-    chosen = plan(layers, accelerators=accelerators, platform=hardware is not None)
+    chosen = plan(layers, accelerators=accelerators, platform=hardware is not None, serving=serving)
     own = {**measure_in_sandbox(plan(layers)), "sandbox": chosen.digest}
     stated = {name: [value] for name, value in own.items()}
     if hardware is None:

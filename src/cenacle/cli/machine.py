@@ -42,11 +42,11 @@ class Machine:
         self.launcher: Launcher = made
         self.manifest = ImageManifest.load(self.image)
 
-    def plan(self, layers: Sequence[str] | None) -> SandboxPlan:
-        """The sandbox of an enclave inside."""
+    def plan(self, layers: Sequence[str] | None, *, serving: bool = False) -> SandboxPlan:
+        """The sandbox of an enclave inside; ``serving`` if it answers queries."""
         from cenacle.enclave.vm.guest_plan import guest_plan
 
-        return guest_plan(self.manifest, layers, platform=True)
+        return guest_plan(self.manifest, layers, platform=True, serving=serving)
 
 
 def prepare_machine() -> tuple[Path, Path]:
@@ -64,7 +64,9 @@ def prepare_machine() -> tuple[Path, Path]:
     return image, identity.authority
 
 
-def machine_reference(image: Path | None, layers: Sequence[str] | None) -> dict[str, Any]:
+def machine_reference(
+    image: Path | None, layers: Sequence[str] | None, *, serving: bool = False
+) -> dict[str, Any]:
     """Reference values of a virtual machine on this host, as a contract's ``enclave`` field.
 
     All but the TPM's name is computed from the image and the firmware; nothing is booted.
@@ -76,7 +78,7 @@ def machine_reference(image: Path | None, layers: Sequence[str] | None) -> dict[
     from cenacle.cli.image_measure import measure_image
 
     machine = Machine(image)
-    plan = machine.plan(layers)
+    plan = machine.plan(layers, serving=serving)
     measured = measure_image(machine.image, None, None)
     if measured["missing"]:
         raise InputError(

@@ -72,6 +72,7 @@ def verify(
             "offload": r.offload.scheme,
             "leakage": r.offload.to_fields(),
             "accelerators": r.accelerators and r.accelerators.to_fields(),
+            "serving": r.serving and r.serving.to_fields(),
             "signed": sorted(found.opened.signed),
             "log_size": found.head.size,
         }
@@ -96,6 +97,10 @@ def _show(found: VerifiedReceipt) -> None:
     table.add_row("offload", cell(f"{r.offload.scheme}: {r.offload.note}"))
     if r.accelerators is not None:
         table.add_row("accelerators", cell(accelerators_in_words(r.accelerators)))
+    if r.serving is not None:
+        s = r.serving
+        told = f"{s.queries:,} queries answered ({s.sealed:,} sealed), {s.rows:,} rows in them"
+        table.add_row("served", f"{told}; {s.refused:,} refused")
     table.add_row("released", f"{found.released:%Y-%m-%d %H:%M:%S} UTC, resumed {r.resumed} times")
     table.add_row(
         "log", f"entry {r.release.index} under a signed head of {found.head.size} entries"

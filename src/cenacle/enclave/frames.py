@@ -14,9 +14,10 @@ from typing import Any, Final
 
 from cenacle.errors import EnclaveError
 
-__all__ = ["MAX_PAYLOAD", "read_frame", "send_frame"]
+__all__ = ["HEAD", "MAX_PAYLOAD", "read_frame", "send_frame"]
 
-_HEAD: Final = struct.Struct(">IQ")
+HEAD: Final = struct.Struct(">IQ")
+"""The lengths of header and payload, which a frame begins with."""
 _MAX_HEADER: Final = 1 << 20
 _STEP: Final = 1 << 24
 MAX_PAYLOAD: Final = 1 << 36
@@ -41,7 +42,7 @@ def send_frame(
     """
     encoded = json.dumps(header, separators=(",", ":"), allow_nan=False).encode()
     try:
-        connection.sendall(_HEAD.pack(len(encoded), len(payload)) + encoded)
+        connection.sendall(HEAD.pack(len(encoded), len(payload)) + encoded)
         if payload:  # sending nothing would fail if the reader is done with the frame and gone
             connection.sendall(payload)
     except OSError as error:
@@ -73,7 +74,7 @@ def read_frame(
     Raises:
         EnclaveError: the other side is gone, or sent what is no frame.
     """
-    header_length, payload_length = _HEAD.unpack(_read(connection, _HEAD.size))
+    header_length, payload_length = HEAD.unpack(_read(connection, HEAD.size))
     # No number of theirs in it: a program could say something of its data by a length.
     malformed = EnclaveError(
         "the program's process broke the protocol",

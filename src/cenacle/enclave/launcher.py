@@ -20,11 +20,12 @@ from typing import Any, ClassVar, Self
 
 from cenacle.attestation.platform import PlatformService
 from cenacle.attestation.registry import Attester
+from cenacle.enclave.bytecode import bytecode_folder
 from cenacle.enclave.channel import Finished, Message
 from cenacle.enclave.host_accelerators import HostAccelerators
 from cenacle.enclave.relay import Relay
 from cenacle.enclave.sandbox import Mount, SandboxPlan, View
-from cenacle.enclave.sandbox.base import PLATFORM_SOCKET
+from cenacle.enclave.sandbox.base import PLATFORM_SOCKET, SERVING_SOCKET
 from cenacle.enclave.sandbox.entry import AgentConfig, enclave_main
 from cenacle.enclave.sandbox.folders import enclave_environment, interpreter_command
 from cenacle.enclave.sandbox.watch import ProcessWatch
@@ -36,6 +37,7 @@ __all__ = [
     "Launcher",
     "ProcessLauncher",
     "RunningEnclave",
+    "check_serving",
     "enclave_main",
     "launcher",
     "launchers",
@@ -44,7 +46,7 @@ __all__ = [
 
 _MOUNT_NAME = re.compile(r"[a-z][a-z0-9_-]{0,31}")
 _SOCKET_NAME = "broker_socket"
-_SOCKET_NAMES = (_SOCKET_NAME, PLATFORM_SOCKET)
+_SOCKET_NAMES = (_SOCKET_NAME, PLATFORM_SOCKET, SERVING_SOCKET)
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ class LaunchRequest:
             into it; only if the plan has accelerators.
         platform: the host's hardware, which makes the enclave's evidence; without it the
             evidence is simulated.
+        serving: unix socket of the host's server, which listens there already; only if the
+            plan has one.
     """
 
     broker: tuple[str, int]
@@ -74,6 +78,7 @@ class LaunchRequest:
     threads: int | None = None
     accelerators: tuple[str, ...] = ()
     platform: Attester | None = None
+    serving: Path | None = None
 
 
 class RunningEnclave(ABC):
@@ -179,7 +184,9 @@ class ProcessLauncher(Launcher):
                 found="an attester" if job.platform is not None else "no attester",
                 expected="an attester" if job.plan.platform else "none",
             )
+        check_serving(job)
         threads = job.threads or len(os.sched_getaffinity(0))
+        bytecode = bytecode_folder()
         outside = HostAccelerators(job.accelerators, threads)
         services: list[Relay | PlatformService] = []
         try:
@@ -190,8 +197,11 @@ class ProcessLauncher(Launcher):
                 platform = PlatformService(job.platform).start()
                 services.append(platform)
                 sockets[PLATFORM_SOCKET] = _place(PLATFORM_SOCKET, platform.path, root)
+            if job.serving is not None:
+                server = Path(job.serving).resolve()
+                sockets[SERVING_SOCKET] = _place(SERVING_SOCKET, server, root)
             view = View(
-                tuple(read_only.values()),
+                (*read_only.values(), Mount(bytecode, bytecode)),
                 tuple(writable.values()),
                 sockets=tuple(sockets.values()),
             )
@@ -216,7 +226,7 @@ class ProcessLauncher(Launcher):
 
             def command(channel_fd: int) -> list[str]:
                 descriptors = ",".join(map(str, (channel_fd, *outside.descriptors)))
-                line = [*interpreter_command(), *job.argv, descriptors]
+                line = [*interpreter_command(bytecode), *job.argv, descriptors]
                 for layer in reversed(outer):
                     line = layer.wrap(line, view, environment)
                 return line
@@ -257,6 +267,18 @@ class _ProcessEnclave(RunningEnclave):
 
 
 register_launcher(ProcessLauncher())
+
+
+def check_serving(job: LaunchRequest) -> None:
+    """Raises InputError unless plan and request agree on the server's socket, and it exists."""
+    if (job.serving is not None) != job.plan.serving:
+        raise InputError(
+            "the sandbox plan and the request differ in whether the enclave serves",
+            found="a socket" if job.serving is not None else "no socket",
+            expected="a socket" if job.plan.serving else "none",
+        )
+    if job.serving is not None and not Path(job.serving).is_socket():
+        raise InputError("the server's socket does not exist", found=job.serving)
 
 
 def _place(name: str, source: Path, root: Path | None) -> Mount:

@@ -32,6 +32,7 @@ from cenacle.documents.receipt import (
     OutputRecord,
     Receipt,
     ReceiptBundle,
+    ServingRecord,
     Statement,
 )
 from cenacle.enclave.outputs import output_file
@@ -86,6 +87,7 @@ def write_draft(
     leakage: LeakageRecord = NOTHING_OFFLOADED,
     offloaded: OffloadRecord | None = None,
     events: tuple[PrivacyEvent, ...] = (),
+    serving: ServingRecord | None = None,
 ) -> None:
     """Sign the statement and the settlement, and make both durable as a draft.
 
@@ -93,6 +95,7 @@ def write_draft(
         leakage: what accelerators learnt under the contract's offload plan.
         offloaded: the account of what went to them, if anything could.
         events: what was spent under the contract's privacy plan.
+        serving: what was answered, if the job serves.
     """
     release, plan = session.release, opened.contract.privacy
     receipt = Receipt(
@@ -115,6 +118,7 @@ def write_draft(
         privacy=NOT_PRIVATE if plan is None else PrivacyRecord.of(plan, events),
         offload=leakage,
         accelerators=offloaded,
+        serving=serving,
         resumed=release.resumed,
         started=release.started,
         finished=format_time(datetime.now(UTC)),

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from cenacle.crypto import SecretBytes
 from cenacle.documents.contract import Contract, RecipeJob
 from cenacle.documents.privacy import PrivacyEvent
-from cenacle.enclave.assets import AssetReader
+from cenacle.documents.recipe import Recipe
 from cenacle.enclave.outputs import OutputValue
+from cenacle.enclave.readers import AssetReader
 from cenacle.errors import EnclaveError
+from cenacle.sealing import TensorReader
 from cenacle.training import CheckpointSink
 
 if TYPE_CHECKING:
+    from cenacle.cut.runtime import TailRuntime
     from cenacle.training import Offloading
 
 __all__ = ["run_recipe"]
@@ -53,15 +57,17 @@ def run_recipe(
         privacy = None
         if contract.privacy is not None:
             privacy = Privacy(contract.privacy, bytes(secret.view()))
-    result = train(
-        job.recipe,
-        sources,
-        progress=progress,
-        checkpoints=checkpoints,
-        checkpoint_every=job.checkpoint_every,
-        offloading=offloading,
-        privacy=privacy,
-    )
+    with _front(job.recipe, assets) as front:
+        result = train(
+            job.recipe,
+            sources,
+            progress=progress,
+            checkpoints=checkpoints,
+            checkpoint_every=job.checkpoint_every,
+            offloading=offloading,
+            privacy=privacy,
+            front=front,
+        )
     values: dict[str, OutputValue] = {}
     for output in contract.outputs:
         values[output.name] = (
@@ -70,3 +76,25 @@ def run_recipe(
             else result.metrics
         )
     return values, result.events
+
+
+@contextmanager
+def _front(recipe: Recipe, assets: Mapping[str, AssetReader]) -> Iterator[TailRuntime | None]:
+    """What runs the recipe's front, from its sealed asset; None without one."""
+    if recipe.front is None:
+        yield None
+        return
+    from cenacle.cut.runtime import TailRuntime  # noqa: PLC0415 - imports ONNX Runtime
+
+    alias = recipe.front.asset
+    reader = assets[alias]
+    if not isinstance(reader, TensorReader):
+        raise EnclaveError(
+            f"asset {alias} does not hold tensors",
+            expected="a front as `cenacle cut` packs it",
+        )
+    runtime = TailRuntime(reader)
+    try:
+        yield runtime
+    finally:
+        runtime.close()

@@ -118,12 +118,26 @@ def test_an_environment_of_the_host_is_refused_by_name_without_its_values(
     assert "canary" not in str(error)
 
 
+@pytest.mark.parametrize("what", ["platform", "serving"])
+@pytest.mark.parametrize("planned", [False, True], ids=["unplanned", "planned"])
+def test_a_socket_that_the_plan_does_not_tell_of_is_refused_and_so_is_its_absence(
+    what: str, planned: bool, tmp_path: Path
+) -> None:
+    name = f"{what}_socket"
+    config = _config(SandboxPlan({}, **{what: planned}), tmp_path / "witness")
+    if not planned:
+        config |= {"paths": {name: "/tmp/x.sock"}, "sockets": [name]}
+    error = _failure(_dishonest_launch(config))
+    assert "the sandbox plan and the sockets differ" in error.what
+    assert not (tmp_path / "witness").exists()
+
+
 def test_bytecode_that_nobody_measured_is_refused(
     choose: Callable[[str], SandboxPlan], tmp_path: Path
 ) -> None:
     config = _config(choose("process"), tmp_path / "witness")
     error = _failure(_dishonest_launch(config, "import sys; sys.pycache_prefix = None"))
-    assert "byte-code" in str(error.found)
+    assert "byte code" in str(error.found)
 
 
 @pytest.mark.parametrize("name", ["landlock"])

@@ -93,6 +93,20 @@ def test_accelerators_are_part_of_the_digest() -> None:
     assert again.accelerators
 
 
+@pytest.mark.parametrize("what", ["platform", "serving"])
+def test_a_socket_to_the_host_is_part_of_the_digest_and_its_absence_is_not_written(
+    what: str,
+) -> None:
+    closed, opened = plan(["process"]), plan(["process"], **{what: True})
+    assert what not in closed.to_dict()
+    assert closed.digest != opened.digest
+    again = SandboxPlan.from_dict(opened.to_dict())
+    assert again == opened
+    assert getattr(again, what)
+    both = plan(["process"], platform=True, serving=True)
+    assert len({closed.digest, opened.digest, both.digest}) == 3
+
+
 def _without(fields: dict[str, Any]) -> dict[str, Any]:
     return {"version": 1}
 
@@ -117,6 +131,10 @@ BROKEN: list[Callable[[dict[str, Any]], Any]] = [
     lambda fields: {**fields, "version": 2},
     lambda fields: {**fields, "more": 1},
     lambda fields: {**fields, "accelerators": 1},
+    lambda fields: {**fields, "serving": False},
+    lambda fields: {**fields, "serving": 1},
+    lambda fields: {**fields, "platform": False},
+    lambda fields: {**fields, "platform": "yes"},
     lambda fields: {name: value for name, value in fields.items() if name != "accelerators"},
     lambda fields: {**fields, "layers": ["process"]},
     lambda fields: {**fields, "layers": 7},

@@ -51,6 +51,8 @@ class Refusal:
 
 sys.meta_path.insert(0, Refusal())
 import cenacle.enclave.agent, cenacle.enclave.worker
+import cenacle.enclave.checkpoints, cenacle.enclave.outputs, cenacle.enclave.program_job
+import cenacle.enclave.readers, cenacle.enclave.receipt, cenacle.enclave.recipe_job
 import cenacle.enclave.vm.guest, cenacle.enclave.vm.guest_platform
 print("imported")
 """
@@ -62,6 +64,15 @@ def test_the_enclaves_agent_needs_nothing_that_an_image_lacks() -> None:
         [sys.executable, "-c", _WITHOUT_OTHERS, ",".join(listed)], capture_output=True, check=False
     )
     assert done.stdout == b"imported\n", done.stderr.decode()
+
+
+@pytest.mark.parametrize("module", ["cenacle.enclave.agent", "cenacle.enclave.vm.guest_platform"])
+def test_until_the_keys_are_here_no_large_library_is_loaded(module: str) -> None:
+    """A machine that measures what it maps hashes each of them whole."""
+    large = ("numpy", "onnxruntime", "pyarrow", "torch", "yaml")
+    code = f"import sys, {module}; print([name for name in {large} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert done.stdout == b"[]\n"
 
 
 def test_packages_are_taken_over_without_what_no_enclave_needs() -> None:

@@ -252,6 +252,7 @@ def test_the_guests_plan_does_not_depend_on_this_kernel(tmp_path: Path, write: W
     assert plan.settings["landlock"]["restricted_network"] == []
     assert guest_plan(manifest, ["seccomp"]).layers == ("seccomp",)
     assert guest_plan(manifest, platform=True).digest != plan.digest
+    assert guest_plan(manifest, serving=True).digest != plan.digest
     with pytest.raises(InputError, match="no such sandbox layer"):
         guest_plan(manifest, ["bubblewrap"])
 

@@ -4,49 +4,28 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import safetensors.numpy
-from cryptography import x509
 
-from cenacle.attestation.ima import ImaVerifier
 from cenacle.attestation.ima_allow import AllowList
-from cenacle.attestation.registry import Verifier, VerifierSet
-from cenacle.attestation.tpm_endorsement import certificate_digest
-from cenacle.broker.identity import BrokerKeys
+from cenacle.attestation.registry import VerifierSet
 from cenacle.broker.receipts import read_bundle, verify_receipt
-from cenacle.broker.service import Broker
-from cenacle.broker.store import Store
-from cenacle.cli.image_measure import measure_image
 from cenacle.documents.base import unb64
 from cenacle.documents.receipt import OutputRecord
-from cenacle.enclave.channel import Failed, Stage
-from cenacle.enclave.vm.guest_plan import guest_plan
+from cenacle.enclave.channel import Stage
 from cenacle.enclave.vm.image import ImagePlan, build_image
-from cenacle.enclave.vm.launcher import VmLauncher
-from cenacle.enclave.vm.manifest import ImageManifest
-from cenacle.enclave.vm.tpm import TpmIdentity
-from cenacle.errors import CenacleError, RefusedError, UnavailableError
+from cenacle.errors import RefusedError, UnavailableError
 from cenacle.sealing import SealedReader
-from tests.support.house import House, Outcome, Sealed, house_at
+from tests.support.vm_world import PROGRAM, VmWorld, vm_world
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.processes,
     pytest.mark.usefixtures("machine_programs"),
 ]
-
-PROGRAM = """
-import numpy as np
-
-def run(ctx):
-    images = np.asarray(ctx.assets["tensors"].read("images"))
-    ctx.output("total", {"sum": images.sum(axis=0)})
-"""
 
 
 @pytest.fixture(scope="module")
@@ -63,82 +42,15 @@ def full_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@dataclass(frozen=True)
-class World:
-    """A broker that knows one image and one maker of software TPMs."""
-
-    house: House
-    image: Path
-    identity: TpmIdentity
-    verifier: ImaVerifier
-    assets: dict[str, Sealed]
-
-    def requirements(self, **changed: list[str]) -> dict[str, Any]:
-        manifest = ImageManifest.load(self.image, check=False)
-        plan = guest_plan(manifest, platform=True)
-        reference = {
-            **measure_image(self.image, None, None)["reference"],
-            "ek": list(self.identity.endorsement_keys()),
-            "sandbox": [plan.digest],
-            **changed,
-        }
-        root = x509.load_pem_x509_certificate(self.identity.authority.read_bytes())
-        policy = {"ima": {"roots": [certificate_digest(root)]}}
-        return {"reference": {"ima": reference}, "policy": policy, "layers": list(plan.layers)}
-
-    def run(self, requirements: dict[str, Any]) -> Outcome:
-        job = {"type": "program", "program": "program", "entry": "main:run", "parameters": {}}
-        contract = self.house.contract(self.assets, job, {"total": "model"}, enclave=requirements)
-        digest = self.house.agree(contract)
-        outcome = Outcome(self.house.path("results"))
-        plan = guest_plan(ImageManifest.load(self.image, check=False), platform=True)
-        files = {alias: sealed.path for alias, sealed in self.assets.items()}
-        request = self.house.request(digest, files, outcome.out, chosen=plan)
-        request = replace(
-            request,
-            config={**request.config, "evidence": "ima"},
-            read_only={n: p for n, p in request.read_only.items() if n != "installation"},
-        )
-        launcher = VmLauncher(self.image, tpm=self.identity.authority.parent.parent)
-        with launcher.launch(request) as enclave:
-            try:
-                for message in enclave.messages():
-                    outcome.messages.append(message)
-                    if isinstance(message, Failed):
-                        outcome.error = message.to_error()
-            except CenacleError as error:
-                outcome.error = error
-        return outcome
-
-
 @pytest.fixture(scope="module")
 def world(
     full_image: Path, tpm_identity: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[World]:
-    folder = tmp_path_factory.mktemp("world")
-    identity = TpmIdentity(tpm_identity)
-    identity.prepare()
-    root = x509.load_pem_x509_certificate(identity.authority.read_bytes())
-    listed = AllowList.parse((full_image / "allow-list.jsonl").read_bytes())
-    made = Broker.development
-    verifiers: list[ImaVerifier] = []
-
-    def development(store: Store, keys: BrokerKeys, *others: Verifier) -> Broker:
-        issuers = (keys.signing_key.verify_key,)
-        verifiers.append(ImaVerifier(issuers, None, (root,), allow_lists=[listed]))
-        return made(store, keys, *verifiers, *others)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Broker, "development", development)
-        with house_at(folder) as house:
-            np.savez(folder / "x.npz", images=np.arange(24.0).reshape(4, 6), labels=np.arange(4))
-            program = house.program(PROGRAM)
-            tensors = house.seal("hospital-b", folder / "x.npz", programs=[program.asset.package])
-            assets = {"tensors": tensors, "program": program}
-            yield World(house, full_image, identity, verifiers[0], assets)
+) -> Iterator[VmWorld]:
+    with vm_world(tmp_path_factory.mktemp("world"), full_image, tpm_identity) as made:
+        yield made
 
 
-def test_a_program_runs_in_a_machine_whose_every_register_was_computed(world: World) -> None:
+def test_a_program_runs_in_a_machine_whose_every_register_was_computed(world: VmWorld) -> None:
     outcome = world.run(world.requirements())
     assert outcome.error is None, outcome.error
     assert outcome.stages == ["attesting", "keys", "running", "outputs", "receipt"]
@@ -163,10 +75,32 @@ def test_a_program_runs_in_a_machine_whose_every_register_was_computed(world: Wo
 
 
 @pytest.mark.parametrize("register", ["pcr9", "allow-list"])
-def test_a_machine_that_is_not_the_one_agreed_on_gets_no_key(world: World, register: str) -> None:
+def test_a_machine_that_is_not_the_one_agreed_on_gets_no_key(world: VmWorld, register: str) -> None:
     other = "sha256:" + "0" * 64
     outcome = world.run(world.requirements(**{register: [other]}))
     assert isinstance(outcome.error, RefusedError)
     assert register in str(outcome.error.clauses)
     assert [m.name for m in outcome.messages if isinstance(m, Stage)][-1] == "keys"
     assert not (outcome.out / "receipt.json").exists()
+
+
+def test_an_unlisted_file_that_runs_during_the_job_revokes_it(
+    world: VmWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The broker's list lacks one library of the image, which only this program executes."""
+    ((digest, whole),) = world.verifier.allow_lists.items()
+    lacking = {name: found for name, found in whole.files.items() if "audioop" not in name}
+    assert len(lacking) == len(whole.files) - 1
+    shorter = AllowList(lacking, whole.buffers, required=whole.required)
+    shorter.digest = digest  # the contract, and the machine, go by the list of the image
+    monkeypatch.setitem(world.verifier.allow_lists, digest, shorter)
+    outcome = world.run(
+        world.requirements(), PROGRAM.replace("import numpy", "import audioop, numpy")
+    )
+    assert isinstance(outcome.error, RefusedError), outcome.error
+    assert "audioop" in str(outcome.error.found)
+    assert outcome.stages == ["attesting", "keys", "running"]
+    assert not list(outcome.out.glob("*.sealed"))
+    (entry,) = [one for one in world.house.log() if one["kind"] == "revocation"]
+    assert entry["reason"] == "drift"
+    assert "audioop" in entry["found"]

@@ -23,6 +23,7 @@ from cenacle.enclave.vm.guest_files import FolderWatch, Received
 from cenacle.enclave.vm.host import GuestJob, HostLink, files_below
 from cenacle.enclave.vm.link import (
     CHUNK,
+    SERVING,
     Frame,
     FrameReader,
     Kind,
@@ -232,6 +233,7 @@ class World:
     seen: list[dict[str, bytes]] = field(default_factory=list)
     messages: bytearray = field(default_factory=bytearray)
     error: BaseException | None = None
+    server: Path | None = None
 
     @property
     def outputs(self) -> Path:
@@ -282,6 +284,7 @@ class World:
             {"asset-0": source},
             {"outputs": self.outputs},
             self.broker,
+            self.server,
         )
         try:
             return await HostLink(reader, writer, job, self.messages.extend).run()
@@ -325,6 +328,56 @@ sys.exit(7)
     assert bytes(world.messages) == b"first\nlast\n"
     assert list(world.files()) == ["deep/result"]
     assert world.files()["deep/result"] == b"".join(world.heard)
+
+
+def test_an_enclave_that_serves_reaches_the_hosts_server_and_no_other_does(
+    world: World,
+) -> None:
+    world.server = world.folder / "server.sock"
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(world.server))
+    listener.listen(1)
+    heard: list[bytes] = []
+
+    def serve() -> None:
+        connection, _ = listener.accept()
+        with connection, connection.makefile("rb") as file:
+            connection.sendall(b"ask" * 100_000)
+            connection.shutdown(socket.SHUT_WR)
+            heard.append(file.read())
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    status = world.run(
+        """
+assert set(paths) == {"asset-0", "outputs", "broker_socket", "serving_socket"}
+assert config["sockets"] == ["broker_socket", "serving_socket"]
+with socket.socket(socket.AF_UNIX) as s, socket.socket(socket.AF_UNIX) as broker:
+    broker.connect(paths["broker_socket"])
+    s.connect(paths["serving_socket"])
+    broker.sendall(b"to the broker")
+    assert broker.recv(100) == b"TO THE BROKER"
+    s.sendall(b"answer" * 50_000)
+    s.shutdown(socket.SHUT_WR)
+    got = s.makefile("rb").read()
+assert got == b"ask" * 100_000
+""",
+        sandbox={"serving": True},
+    )
+    thread.join(30)
+    listener.close()
+    assert (status, world.error) == (0, None)
+    assert heard == [b"answer" * 50_000]
+    assert world.heard == [b"to the broker"]
+
+
+def test_without_serving_in_the_plan_there_is_no_way_to_a_server(world: World) -> None:
+    world.server = world.folder / "server.sock"
+    assert world.run("assert 'serving_socket' not in paths") == 0
+    received = [frame(Kind.OPEN, SERVING, 1)]
+    world.server = None
+    with pytest.raises(EnclaveError, match="nobody that this job has"):
+        _lying_guest(*received)(world)
 
 
 def test_a_file_is_on_the_hosts_disk_before_the_broker_hears_of_it(world: World) -> None:
@@ -402,6 +455,7 @@ def _lying_guest(*frames: bytes) -> Callable[[World], None]:
         ([json_frame(Kind.FILE, {"mount": "outputs", "path": "x", "size": -1})], "impossible"),
         ([frame(Kind.DATA, b"x")], "wrong time"),
         ([frame(Kind.OPEN, number=1)] * 2, "twice"),
+        ([frame(Kind.OPEN, b"shell", 1)], "nobody that this job has"),
         (
             [
                 json_frame(Kind.FILE, {"mount": "outputs", "path": "x", "size": 1}),
@@ -412,7 +466,10 @@ def _lying_guest(*frames: bytes) -> Callable[[World], None]:
         ([frame(Kind.START)], "protocol"),
         ([json_frame(Kind.HELLO, {"version": 1})], "wrong time"),
     ],
-    ids=["mount", "path", "remove", "size", "data", "twice", "more", "kind", "hello"],
+    ids=[
+        *("mount", "path", "remove", "size", "data", "twice", "nobody", "more", "kind"),
+        "hello",
+    ],
 )
 def test_a_guest_that_lies_harms_nothing(world: World, frames: list[bytes], said: str) -> None:
     before = sorted(world.folder.iterdir())

@@ -163,8 +163,17 @@ def _request(**fields: Any) -> LaunchRequest:
         ({"accelerators": ("process",)}, "cannot reach accelerators"),
         ({"plan": SandboxPlan({}, accelerators=True)}, "cannot reach accelerators"),
         ({"platform": object()}, "with the machine's own hardware"),
+        ({"serving": Path("/nowhere")}, "differ in whether the enclave serves"),
+        ({"plan": SandboxPlan({}, serving=True)}, "differ in whether the enclave serves"),
+        (
+            {"plan": SandboxPlan({}, serving=True), "serving": Path("/nowhere")},
+            "server's socket does not exist",
+        ),
     ],
-    ids=["program", "argument", "layer", "accelerators", "plan", "platform"],
+    ids=[
+        *("program", "argument", "layer", "accelerators", "plan", "platform"),
+        *("server", "no server", "no socket"),
+    ],
 )
 def test_what_a_machine_cannot_do_is_refused_at_once(fields: dict[str, Any], said: str) -> None:
     with pytest.raises((InputError, UnavailableError), match=said):

@@ -17,6 +17,7 @@ from cenacle.errors import EnclaveError, InputError
 
 __all__ = [
     "PLATFORM_SOCKET",
+    "SERVING_SOCKET",
     "InnerLayer",
     "Layer",
     "Mount",
@@ -39,6 +40,9 @@ class Mount:
 PLATFORM_SOCKET: Final = "platform_socket"
 """The mount where the launcher serves evidence that the host's hardware makes."""
 
+SERVING_SOCKET: Final = "serving_socket"
+"""The mount where the host's server waits for an enclave that answers queries."""
+
 
 @dataclass(frozen=True)
 class View:
@@ -47,8 +51,8 @@ class View:
     Attributes:
         read_only: sealed assets and whatever else the job reads.
         writable: folders for sealed outputs and checkpoints.
-        sockets: unix sockets that it may connect to: the relay to the broker, and the host's
-            hardware where that makes the evidence.
+        sockets: unix sockets that it may connect to: the relay to the broker, the host's
+            hardware where that makes the evidence, and the host's server where it serves.
         accelerators: whether it shares memory with accelerators over sockets that it inherits.
     """
 

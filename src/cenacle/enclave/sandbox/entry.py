@@ -23,7 +23,7 @@ from typing import Any
 
 from cenacle.enclave.channel import Channel
 from cenacle.enclave.sandbox import Mount, SandboxPlan, View, apply_inner, linux, verify_active
-from cenacle.enclave.sandbox.base import PLATFORM_SOCKET
+from cenacle.enclave.sandbox.base import PLATFORM_SOCKET, SERVING_SOCKET
 from cenacle.errors import EnclaveError
 
 __all__ = ["EXIT_FAILED", "Agent", "AgentConfig", "enclave_main"]
@@ -156,6 +156,13 @@ def _read_config(sockets: tuple[int, ...]) -> _Told:
                 "the sandbox plan and the sockets differ in whether the host's hardware answers",
                 found=", ".join(names["sockets"]),
                 remedy="run with the same version of cenacle that made the contract",
+            )
+        if (SERVING_SOCKET in names["sockets"]) != plan.serving:
+            raise EnclaveError(
+                "the sandbox plan and the sockets differ in whether the host's server is there",
+                found=", ".join(names["sockets"]),
+                remedy="start a contract that serves with `cenacle serve`, and any other with "
+                "`cenacle run`",
             )
         return _Told(fields["job"], paths, plan, view, fields["parent"], accelerators)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

@@ -6,7 +6,7 @@ import hashlib
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import rfc8785
 
@@ -15,6 +15,9 @@ from cenacle.enclave.sandbox.base import InnerLayer, OuterLayer, View, layer, la
 from cenacle.errors import CenacleError, EnclaveError, UnavailableError
 
 __all__ = ["LayerStatus", "SandboxPlan", "apply_inner", "plan", "probe", "verify_active"]
+
+# Left out of the plan's JSON where false, so that plans without them keep their digests.
+_OPTIONAL: Final = ("platform", "serving")
 
 
 @dataclass(frozen=True)
@@ -40,11 +43,13 @@ class SandboxPlan:
         settings: layer name -> what it enforces; equal on equal systems, without host paths.
         accelerators: whether the enclave has sockets to accelerators outside of it.
         platform: whether it has a socket to its host's hardware, which makes its evidence.
+        serving: whether it has a socket to its host's server, whose queries it answers.
     """
 
     settings: Mapping[str, Mapping[str, Any]]
     accelerators: bool = False
     platform: bool = False
+    serving: bool = False
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -61,7 +66,7 @@ class SandboxPlan:
             "version": 1,
             "accelerators": self.accelerators,
             "layers": [{"name": n, "settings": dict(s)} for n, s in self.settings.items()],
-            **({"platform": True} if self.platform else {}),
+            **{name: True for name in _OPTIONAL if getattr(self, name)},
         }
 
     @classmethod
@@ -72,11 +77,14 @@ class SandboxPlan:
         would not enforce.
         """
         try:
-            names = set(fields) - {"platform"}
+            names = set(fields) - set(_OPTIONAL)
             if names != {"version", "accelerators", "layers"} or fields["version"] != 1:
                 raise ValueError
-            accelerators, platform = fields["accelerators"], "platform" in fields
-            if not isinstance(accelerators, bool) or fields.get("platform", True) is not True:
+            accelerators = fields["accelerators"]
+            optional = {name: fields[name] for name in _OPTIONAL if name in fields}
+            if not all(isinstance(v, bool) for v in (accelerators, *optional.values())) or not all(
+                optional.values()
+            ):
                 raise ValueError
             settings = {str(entry["name"]): dict(entry["settings"]) for entry in fields["layers"]}
             if len(settings) != len(fields["layers"]):
@@ -96,7 +104,7 @@ class SandboxPlan:
                     found=name,
                     remedy="plan and run with the same version of cenacle on the same machine",
                 )
-        return cls(settings, accelerators, platform)
+        return cls(settings, accelerators, **optional)
 
     def outer(self) -> tuple[OuterLayer, ...]:
         """The layers that the launcher applies."""
@@ -113,13 +121,18 @@ def probe() -> list[LayerStatus]:
 
 
 def plan(
-    requested: Sequence[str] | None = None, *, accelerators: bool = False, platform: bool = False
+    requested: Sequence[str] | None = None,
+    *,
+    accelerators: bool = False,
+    platform: bool = False,
+    serving: bool = False,
 ) -> SandboxPlan:
     """Every layer that works here, or exactly the requested ones.
 
     Args:
         accelerators: whether the enclave gets sockets to accelerators.
         platform: whether it gets a socket to the host's hardware, for its evidence.
+        serving: whether it gets a socket to the host's server, for queries.
 
     Raises:
         InputError: a requested layer does not exist.
@@ -137,7 +150,8 @@ def plan(
                     found=reason,
                     remedy="install what is missing, or do without this layer",
                 )
-    return SandboxPlan({one.name: one.settings() for one in chosen}, accelerators, platform)
+    settings = {one.name: one.settings() for one in chosen}
+    return SandboxPlan(settings, accelerators, platform, serving)
 
 
 def apply_inner(chosen: SandboxPlan, view: View) -> None:

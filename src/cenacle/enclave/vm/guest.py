@@ -24,6 +24,7 @@ from cenacle.enclave.vm.guest_files import FolderWatch, Received
 from cenacle.enclave.vm.link import (
     CHUNK,
     PORT,
+    SERVING,
     VERSION,
     Frame,
     FrameReader,
@@ -47,6 +48,7 @@ PLATFORM: Final = ("-m", "cenacle.enclave.vm.guest_platform")
 
 _SOCKET: Final = "broker_socket"
 _PLATFORM: Final = "platform_socket"
+_SERVING: Final = "serving_socket"
 _EXPECTED: Final = frozenset(
     {Kind.CONFIG, Kind.FILE, Kind.DATA, Kind.START, Kind.BYTES, Kind.CLOSED, Kind.ABORTED}
 )
@@ -116,7 +118,7 @@ def agent_command(module: tuple[str, ...], descriptor: int) -> list[str]:
 
 @dataclass
 class _Connection:
-    """One of the agent's connections to the broker, with what it has not read yet."""
+    """One of the agent's connections to the outside, with what it has not read yet."""
 
     socket: socket.socket
     number: int
@@ -196,8 +198,10 @@ class Supervisor:
         with contextlib.ExitStack() as stack:
             stack.callback(self._close)
             sockets = {_SOCKET: self._work / "broker.sock"}
-            listener = stack.enter_context(self._listen(sockets[_SOCKET]))
-            listener.setblocking(False)
+            listeners = {b"": stack.enter_context(self._listen(sockets[_SOCKET]))}
+            if job.config["sandbox"].get("serving") is True:
+                sockets[_SERVING] = self._work / "serving.sock"
+                listeners[SERVING] = stack.enter_context(self._listen(sockets[_SERVING]))
             if job.platform is not None:
                 sockets[_PLATFORM] = self._work / "platform.sock"
                 with self._listen(sockets[_PLATFORM]) as service:
@@ -207,7 +211,9 @@ class Supervisor:
             stack.callback(process.kill)
             self._selector.register(self._port, selectors.EVENT_READ)
             self._selector.register(reader, selectors.EVENT_READ)
-            self._selector.register(listener, selectors.EVENT_READ)
+            for target, listener in listeners.items():
+                listener.setblocking(False)
+                self._selector.register(listener, selectors.EVENT_READ, target)
             while True:
                 for key, events in self._selector.select():
                     if key.fileobj == self._port:
@@ -218,8 +224,8 @@ class Supervisor:
                             return _exit_status(process)
                         self._sync()
                         self._send(frame(Kind.MESSAGE, data))
-                    elif key.fileobj is listener:
-                        self._accept(listener)
+                    elif key.data in listeners:
+                        self._accept(listeners[key.data], key.data)
                     elif key.data in self._connections:
                         self._serve(self._connections[key.data], events)
 
@@ -297,7 +303,7 @@ class Supervisor:
         finally:
             os.close(stdin)
 
-    def _accept(self, listener: socket.socket) -> None:
+    def _accept(self, listener: socket.socket, target: bytes) -> None:
         with contextlib.suppress(OSError):
             accepted, _ = listener.accept()
             if len(self._connections) >= _MAX_CONNECTIONS:
@@ -308,7 +314,7 @@ class Supervisor:
             self._next += 1
             self._connections[one.number] = one
             self._selector.register(accepted, selectors.EVENT_READ, one.number)
-            self._send(frame(Kind.OPEN, number=one.number))
+            self._send(frame(Kind.OPEN, target, one.number))
 
     def _serve(self, one: _Connection, events: int) -> None:
         try:

@@ -15,7 +15,7 @@ from cenacle.errors import EnclaveError
 __all__ = ["FolderWatch", "Received"]
 
 _NAME: Final = re.compile(r"[a-z][a-z0-9_-]{0,31}", re.ASCII)
-_TAKEN: Final = frozenset({"broker_socket", "platform_socket"})
+_TAKEN: Final = frozenset({"broker_socket", "platform_socket", "serving_socket"})
 _State = tuple[int, int, int]
 
 

@@ -32,13 +32,18 @@ def landlock_abi(release: str) -> int:
 
 
 def guest_plan(
-    manifest: ImageManifest, layers: Sequence[str] | None = None, *, platform: bool = False
+    manifest: ImageManifest,
+    layers: Sequence[str] | None = None,
+    *,
+    platform: bool = False,
+    serving: bool = False,
 ) -> SandboxPlan:
     """The plan of an enclave in this image.
 
     Args:
         layers: those wanted; None for all that the guest has.
         platform: whether the machine's hardware makes the evidence.
+        serving: whether the enclave answers queries of the host's server.
 
     Raises:
         InputError: the guest has no such layer.
@@ -57,7 +62,7 @@ def guest_plan(
     }
     if "landlock" in settings:
         settings["landlock"] |= _landlock(manifest.kernel_release)
-    return SandboxPlan(settings, platform=platform)
+    return SandboxPlan(settings, platform=platform, serving=serving)
 
 
 def _landlock(release: str) -> dict[str, Any]:

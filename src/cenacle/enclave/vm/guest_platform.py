@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from cenacle.attestation.platform import PlatformService
 from cenacle.attestation.registry import Attester
-from cenacle.broker.client import BrokerClient
+from cenacle.broker.connection import BrokerConnection
 from cenacle.broker.identity import BrokerIdentity
 from cenacle.documents.base import unb64
 from cenacle.enclave.sandbox import linux
@@ -37,7 +37,7 @@ class _Service(PlatformService):
         self._serve()
 
 
-def attester_of(fields: dict[str, Any], client: BrokerClient | None) -> Attester:
+def attester_of(fields: dict[str, Any], client: BrokerConnection | None) -> Attester:
     """The attester that the host's description names; raises EnclaveError, UnavailableError."""
     try:
         kind = str(fields["kind"])
@@ -71,7 +71,7 @@ def main() -> None:
         _Service(attester_of(config["platform"], None)).serve(listener)
         return
     identity = BrokerIdentity.from_fields(broker)
-    with BrokerClient(identity, socket=Path(config["socket"])) as client:
+    with BrokerConnection(identity, socket=Path(config["socket"])) as client:
         _Service(attester_of(config["platform"], client)).serve(listener)
 
 

@@ -14,6 +14,7 @@ from typing import Any, Final
 from cenacle.enclave.vm.link import (
     CHUNK,
     MAX_FILE,
+    SERVING,
     VERSION,
     Frame,
     FrameReader,
@@ -46,12 +47,14 @@ class GuestJob:
         read_only: mount name -> file or folder of this host, sent whole.
         writable: mount name -> folder; sent whole, and written to as the agent writes.
         broker: unix socket of the relay.
+        serving: unix socket of the server whose queries the guest answers, if it serves.
     """
 
     fields: Mapping[str, Any]
     read_only: Mapping[str, Path]
     writable: Mapping[str, Path]
     broker: Path
+    serving: Path | None = None
 
 
 def files_below(mounts: Mapping[str, Path]) -> Iterator[tuple[str, str, Path]]:
@@ -206,7 +209,7 @@ class HostLink:
                 with disk_errors(f"remove {target}"):
                     target.unlink(missing_ok=True)
             case Kind.OPEN:
-                self._open(one.number)
+                self._open(one.number, one.payload)
             case Kind.BYTES | Kind.CLOSED | Kind.ABORTED:
                 self._pass_on(one)
             case _:
@@ -246,12 +249,15 @@ class HostLink:
             self._file.commit()
             self._file = None
 
-    def _open(self, number: int) -> None:
+    def _open(self, number: int, target: bytes) -> None:
+        known = {b"": self._job.broker, SERVING: self._job.serving}
+        if (path := known.get(target)) is None:
+            raise EnclaveError("the guest opened a connection to nobody that this job has")
         if number in self._broker or len(self._broker) >= _MAX_CONNECTIONS:
             raise EnclaveError("the guest opened a connection twice, or too many")
         queue: asyncio.Queue[bytes | None] = asyncio.Queue()
         self._broker[number] = queue
-        self._keep(asyncio.create_task(self._connection(number, queue)))
+        self._keep(asyncio.create_task(self._connection(number, path, queue)))
 
     def _pass_on(self, one: Frame) -> None:
         queue = self._broker.get(one.number)
@@ -264,11 +270,13 @@ class HostLink:
         else:
             queue.put_nowait(None)
 
-    async def _connection(self, number: int, queue: asyncio.Queue[bytes | None]) -> None:
-        """Carry one connection between the guest and the relay."""
+    async def _connection(
+        self, number: int, path: Path, queue: asyncio.Queue[bytes | None]
+    ) -> None:
+        """Carry one connection between the guest and the relay, or the server."""
         writer: asyncio.StreamWriter | None = None
         try:
-            reader, writer = await asyncio.open_unix_connection(str(self._job.broker))
+            reader, writer = await asyncio.open_unix_connection(str(path))
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._to_guest(number, reader))
                 group.create_task(_to_broker(queue, writer))

@@ -15,7 +15,13 @@ from typing import Final
 import cenacle
 from cenacle.enclave.channel import Finished, Message
 from cenacle.enclave.host_accelerators import HostAccelerators
-from cenacle.enclave.launcher import Launcher, LaunchRequest, RunningEnclave, register_launcher
+from cenacle.enclave.launcher import (
+    Launcher,
+    LaunchRequest,
+    RunningEnclave,
+    check_serving,
+    register_launcher,
+)
 from cenacle.enclave.relay import Relay
 from cenacle.enclave.sandbox import layer
 from cenacle.enclave.sandbox.base import OuterLayer
@@ -98,6 +104,7 @@ class VmLauncher(Launcher):
                 found="an attester of this host",
                 expected="none",
             )
+        check_serving(job)
         if missing := qemu.missing_programs():
             raise UnavailableError(
                 "a virtual machine cannot be started here",
@@ -129,6 +136,7 @@ class VmLauncher(Launcher):
                 # The relay removes its folder at the end, and the machine's state with it.
                 "folder": str(relay.path.parent / "machine"),
                 "broker": str(relay.path),
+                "serving": None if job.serving is None else str(Path(job.serving).resolve()),
                 "job": {
                     "mode": mode,
                     "job": dict(job.config),

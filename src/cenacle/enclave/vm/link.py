@@ -24,6 +24,7 @@ __all__ = [
     "CHUNK",
     "MAX_FILE",
     "PORT",
+    "SERVING",
     "VERSION",
     "Frame",
     "FrameReader",
@@ -35,6 +36,9 @@ __all__ = [
 
 PORT: Final = "cenacle.link"
 """Name of the virtio port."""
+
+SERVING: Final = b"serving"
+"""Payload of an OPEN that means the host's server."""
 
 VERSION: Final = 1
 CHUNK: Final = 64 * 1024
@@ -63,7 +67,8 @@ class Kind(Enum):
     MESSAGE = b"M"
     """G: bytes of the agent's channel."""
     OPEN = b"O"
-    """G: the agent connects to the broker; the number is the connection's from now on."""
+    """G: the agent connects to the broker, or where the payload is :data:`SERVING` to the host's
+    server; the number is the connection's from now on."""
     BYTES = b"B"
     """Both: bytes of a connection."""
     CLOSED = b"C"

@@ -62,6 +62,7 @@ class MachineJob:
                     read_only={n: Path(p) for n, p in fields["read_only"].items()},
                     writable={n: Path(p) for n, p in fields["writable"].items()},
                     broker=Path(fields["broker"]),
+                    serving=None if fields["serving"] is None else Path(fields["serving"]),
                 ),
             )
         except (KeyError, TypeError, ValueError, AttributeError):
