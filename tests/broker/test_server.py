@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cenacle.broker.server import _Joined
+from cenacle.broker.http import _Joined
 
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\n"
 

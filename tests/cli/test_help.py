@@ -43,8 +43,12 @@ broker show
 broker start
 budget
 contracts
+cut export
+cut model
+cut retrain
 demo hospitals
 demo images
+demo serving
 draft
 enclave layers
 enclave measure
@@ -52,6 +56,7 @@ evaluate
 image build
 image measure
 image show
+infer
 log
 offload profile
 offload schemes
@@ -64,9 +69,13 @@ propose
 review
 run
 seal
+serve
 sign
 terms check
 terms new
+ticket key new
+ticket new
+ticket show
 verify
 veto""".splitlines()
     )
@@ -89,7 +98,7 @@ def test_every_command_answers_in_json_if_asked(path: tuple[str, ...]) -> None:
 
 def test_the_program_and_each_group_give_an_example_of_a_command() -> None:
     groups = {"": ROOT, **{n: c for n, c in ROOT.commands.items() if hasattr(c, "commands")}}
-    assert len(groups) == 9
+    assert len(groups) == 11
     for name, group in groups.items():
         example = group.epilog.splitlines()[0]
         assert example.startswith(f"Example: cenacle {name}")

@@ -13,10 +13,13 @@ from cenacle.cli import (
     broker,
     broker_keys,
     contract,
+    cut,
+    cut_retrain,
     demo,
     enclave,
     evaluate,
     image,
+    infer,
     log,
     offload,
     party,
@@ -24,7 +27,9 @@ from cenacle.cli import (
     receipt,
     run,
     seal,
+    serve,
     terms,
+    ticket,
 )
 from cenacle.cli.output import EXIT_CODES, report_error
 from cenacle.errors import CenacleError, InputError
@@ -43,12 +48,21 @@ app = typer.Typer(
 
 app.add_typer(party.app, name="party")
 app.add_typer(terms.app, name="terms")
+app.add_typer(ticket.app, name="ticket")
 broker.app.add_typer(broker_keys.app, name="keys")
 app.add_typer(broker.app, name="broker")
 app.add_typer(enclave.app, name="enclave")
 app.add_typer(attest.app, name="attest")
 app.add_typer(image.app, name="image")
 app.add_typer(offload.app, name="offload")
+cut.app.command(
+    epilog="Examples:\n\ncenacle cut retrain model.onnx --at features --classes 0-9 --out tail\n\n"
+    "cenacle cut retrain model.onnx --at features --local --data mine.npz --compare-whole"
+)(cut_retrain.retrain)
+cut.app.command(
+    epilog="Example: cenacle cut export model.safetensors --front front.onnx --out tail"
+)(cut_retrain.export)
+app.add_typer(cut.app, name="cut")
 app.add_typer(demo.app, name="demo")
 app.command(epilog="Example: cenacle seal records.csv --terms terms.yaml --as hospital-a")(
     seal.seal
@@ -68,6 +82,15 @@ app.command(
     epilog="Examples:\n\ncenacle run sha256:4be1... --data sealed/ --out results\n\n"
     "cenacle run sha256:4be1... --data sealed/ --out results --resume"
 )(run.run)
+app.command(
+    epilog="Examples:\n\ncenacle serve sha256:4be1... --data sealed/ --front net.onnx --out out\n\n"
+    "cenacle serve sha256:4be1... --data sealed/ --out out --listen 0.0.0.0:8443 --follow 60"
+)(serve.serve)
+app.command(
+    epilog="Examples:\n\ncenacle infer https://127.0.0.1:8443 --model net --input x.npy\n\n"
+    "cenacle infer https://127.0.0.1:8443 --sealed --contract sha256:4be1... --front front.onnx "
+    "--input x.npy"
+)(infer.infer)
 app.command(epilog="Example: cenacle abandon sha256:4be1... --as clinic")(run.abandon)
 app.command(
     "open",

@@ -22,12 +22,23 @@ from cenacle.documents.base import short
 from cenacle.documents.contract import Contract
 from cenacle.documents.offload import EnclavePlan, OffloadPlan
 from cenacle.documents.offload_profile import PROFILE_FILE
+from cenacle.documents.serving import ServeJob
 from cenacle.errors import CenacleError, ConflictError, EnclaveError, InputError, RefusedError
 
 if TYPE_CHECKING:
     from cenacle.enclave.launcher import Launcher, LaunchRequest, RunningEnclave
 
-__all__ = ["abandon", "choose_accelerators", "find_sealed", "run"]
+__all__ = [
+    "Choice",
+    "abandon",
+    "begin",
+    "check_run",
+    "choose_accelerators",
+    "find_sealed",
+    "is_finished",
+    "run",
+    "with_way_on",
+]
 
 _WORDS = {
     "starting": "starting",
@@ -161,24 +172,31 @@ def run(
         home = Home.default()
         with home.client(broker) as client:
             opened = client.contract(contract)
+            if isinstance(opened.contract.job, ServeJob):
+                raise InputError(
+                    "the contract serves a model",
+                    found="a job without an end",
+                    expected="a job that runs to its end",
+                    remedy="start it with `cenacle serve`",
+                )
             files = find_sealed(opened, data)
-            if _is_finished(out, contract, resume):
+            if is_finished(out, contract, resume):
                 # The job was done; only its last step is missing.
                 _report(finish_receipt(client, out), opened.contract, started, json_)
                 return
             open_run = client.open_run(contract)
-            _check_run(resume, open_run)
+            check_run(resume, open_run)
             demanded = opened.contract.enclave.layers
             chosen = {"contract": demanded, "all": None}.get(layers, layers.split(","))
             workers = choose_accelerators(opened.contract.offload, accelerators)
             assets = {f"asset-{i}": files[alias] for i, alias in enumerate(opened.assets)}
             checkpoints = out / "checkpoints"
             checkpoints.mkdir(parents=True, exist_ok=True)
-            launcher, begun = _begin(
+            launcher, begun = begin(
                 opened.contract,
                 client,
                 home,
-                _Choice(where, image, chosen, workers, evidence, tcti, collateral),
+                Choice(where, image, chosen, workers, evidence, tcti, collateral),
             )
             request = replace(
                 begun,
@@ -198,12 +216,12 @@ def run(
                 _tell_open_run(client, contract)
                 raise
             except CenacleError as error:
-                raise _with_way_on(error, client, contract) from None
+                raise with_way_on(error, client, contract) from None
         _report(receipt, opened.contract, started, json_, stages)
 
 
 @dataclass(frozen=True)
-class _Choice:
+class Choice:
     """What the operator chose of the machine that runs the job."""
 
     where: str
@@ -215,20 +233,21 @@ class _Choice:
     collateral: Path | None
 
 
-def _begin(
-    contract: Contract, client: BrokerClient, home: Home, choice: _Choice
+def begin(
+    contract: Contract, client: BrokerClient, home: Home, choice: Choice
 ) -> tuple[Launcher, LaunchRequest]:
     """The launcher, and what of a request depends on it."""
     from cenacle.enclave.launcher import LaunchRequest, ProcessLauncher
     from cenacle.enclave.sandbox import plan
 
     accepted = tuple(contract.enclave.reference)
+    serves = isinstance(contract.job, ServeJob)
     if choice.where == "vm":
         machine = Machine(choice.image)
         kind = accepted[0] if choice.evidence == "contract" else choice.evidence
         request = LaunchRequest(
             broker=_address(client),
-            plan=machine.plan(choice.layers),
+            plan=machine.plan(choice.layers, serving=serves),
             config={"evidence": kind},
             accelerators=choice.accelerators,
         )
@@ -239,7 +258,12 @@ def _begin(
     simulated = hardware.attester is None
     request = LaunchRequest(
         broker=_address(client),
-        plan=plan(choice.layers, accelerators=bool(choice.accelerators), platform=not simulated),
+        plan=plan(
+            choice.layers,
+            accelerators=bool(choice.accelerators),
+            platform=not simulated,
+            serving=serves,
+        ),
         config={"evidence": hardware.kind},
         # The key that signs simulated evidence, and nothing else.
         read_only={"installation": _installation(home)} if simulated else {},
@@ -249,7 +273,7 @@ def _begin(
     return ProcessLauncher(), request
 
 
-def _is_finished(out: Path, contract: str, resume: bool) -> bool:
+def is_finished(out: Path, contract: str, resume: bool) -> bool:
     """Whether this very job ended here without its receipt, which ``--resume`` then completes.
 
     Raises:
@@ -284,13 +308,15 @@ def _has_open_run(client: BrokerClient, contract: str) -> bool:
         return False
 
 
-def _with_way_on(error: CenacleError, client: BrokerClient, contract: str) -> CenacleError:
+def with_way_on(
+    error: CenacleError, client: BrokerClient, contract: str, way_on: str = _WAY_ON
+) -> CenacleError:
     """The error of a run that stopped, with what can be done about the run."""
     if isinstance(error, RefusedError) or not _has_open_run(client, contract):
         return error
     fields = error.to_dict()
     first = f"{error.remedy}; then " if error.remedy else ""
-    fields["remedy"] = first + _WAY_ON
+    fields["remedy"] = first + way_on
     return CenacleError.from_dict(fields)
 
 
@@ -309,7 +335,8 @@ def _address(client: BrokerClient) -> tuple[str, int]:
     return (url.hostname or "", url.port or 443)
 
 
-def _check_run(resume: bool, open_run: str | None) -> None:
+def check_run(resume: bool, open_run: str | None) -> None:
+    """Raises :class:`ConflictError` unless a run is open exactly if one is to be resumed."""
     if resume and open_run is None:
         raise ConflictError(
             "there is no interrupted run to resume",

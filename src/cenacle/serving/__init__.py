@@ -1,0 +1,1 @@
+"""Inference from an enclave over HTTP: the operator's untrusted side, and clients for both."""
