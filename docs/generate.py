@@ -31,6 +31,7 @@ from cenacle.documents import (
     Veto,
 )
 from cenacle.documents.base import Frozen
+from cenacle.documents.ticket import Ticket, TicketUse
 
 __all__ = ["main", "pages"]
 
@@ -46,6 +47,8 @@ DOCUMENTS: tuple[type[Frozen], ...] = (
     ReceiptBundle,
     Recipe,
     Evidence,
+    Ticket,
+    TicketUse,
 )
 
 ENVELOPE = {
