@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+# No test reports its use to the maker of ONNX Runtime, whatever imports it.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+
 # Under --import-mode=importlib nothing makes tests/support importable unless pytest was
 # started with ``python -m pytest`` from the repository's root.
 _ROOT = str(Path(__file__).parent.parent)

@@ -157,6 +157,11 @@ class SealedReader:
         return self.layout.plaintext
 
     @property
+    def cache_bytes(self) -> int:
+        """The most plaintext that the reader keeps for itself, of chunks read in parts."""
+        return _CACHED_CHUNKS * min(self.layout.chunk, self.size)
+
+    @property
     def info(self) -> SealedInfo:
         """As the writer reported it, without the schema; the digest is empty if there is none."""
         return SealedInfo(

@@ -39,6 +39,11 @@ class TensorReader(ContentReader):
         """Names of the tensors, in the order of their bytes."""
         return tuple(self._specs)
 
+    @property
+    def cache_bytes(self) -> int:
+        """As :attr:`SealedReader.cache_bytes`."""
+        return self._reader.cache_bytes
+
     def spec(self, name: str) -> TensorSpec:
         """Type, shape and place of a tensor; raises :class:`DataError` if there is none."""
         try:
@@ -78,6 +83,41 @@ class TensorReader(ContentReader):
         """The bytes of one tensor, little endian, whatever its type."""
         spec = self.spec(name)
         return self._reader.read_range(spec.start, spec.stop - spec.start)
+
+    def readinto(self, name: str, buffer: Any, *, start: int = 0, stop: int | None = None) -> None:
+        """The bytes of one tensor, or of rows of it, into memory that the caller has already.
+
+        Args:
+            name: the tensor.
+            buffer: writable and contiguous, of exactly the bytes that are read; they are little
+                endian and as they were sealed (a ``BOOL`` may be any byte).
+            start, stop: rows along the first dimension; by default all.
+
+        Raises:
+            DataError: no such tensor.
+            InputError: no such rows, or a buffer of another size.
+            SealError: a chunk of it is damaged or forged; the buffer's content is undefined.
+        """
+        spec = self.spec(name)
+        offset, size = spec.start, spec.stop - spec.start
+        if start != 0 or stop is not None:
+            last = (spec.shape[0] if spec.shape else 0) if stop is None else stop
+            if not spec.shape or not 0 <= start <= last <= spec.shape[0]:
+                raise InputError(
+                    f"tensor {name[:80]!r} has no such rows",
+                    found=f"{start} to {last}",
+                    expected=f"within 0 to {spec.shape[0] if spec.shape else 0}",
+                )
+            offset += start * spec.row_bytes
+            size = (last - start) * spec.row_bytes
+        view = memoryview(buffer).cast("B")
+        if len(view) != size:
+            raise InputError(
+                f"the buffer for tensor {name[:80]!r} has the wrong size",
+                found=f"{len(view)} bytes",
+                expected=f"{size} bytes",
+            )
+        self._reader.readinto(offset, view)
 
     def items(self) -> Iterator[tuple[str, Array]]:
         """Every tensor, one at a time."""
