@@ -19,7 +19,7 @@ _NARROW = {
 }
 _FULL = {
     "vgg16": 36,
-    "resnet50": 150,
+    "resnet50": 158,
     "vit": 124,
     "mobilenetv2": 151,
     "efficientnet-lite0": 142,
