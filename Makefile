@@ -23,7 +23,7 @@ demo: install
 
 test: install
 	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -m "not slow" \
-		-n 2 --dist loadfile --no-loadscope-reorder
+		-n 4 --dist loadfile --no-loadscope-reorder
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
@@ -44,6 +44,8 @@ bench: install
 	$(BIN)/python -m benchmarks.release --json
 	$(BIN)/python -m benchmarks.offload --quick --json
 	$(BIN)/python -m benchmarks.attestation --json
+	$(BIN)/python -m benchmarks.tickets --quick --json
+	$(BIN)/python -m benchmarks.serving --quick --json
 
 docs: install
 	$(BIN)/python docs/generate.py
