@@ -58,6 +58,7 @@ def test_library_use(tmp_path: Path) -> None:
     assert set(metrics["rows"]) == {"a", "b"}
 
 
+@pytest.mark.slow
 def test_offload_training(tmp_path: Path) -> None:
     pytest.importorskip("torch", reason="offloading needs torch (pip: cenacle[train])")
     lines = _run("offload_training.py", tmp_path / "x")

@@ -204,6 +204,7 @@ def test_a_figure_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> N
 # ------------------------------------------------------------------ the program
 
 
+@pytest.mark.slow
 def test_the_program_trains_charges_and_refuses(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -120,7 +120,12 @@ def test_more_costs_more(noise: float, q: float, steps: int, more: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("target", "q", "steps"), [(1.0, 0.01, 500), (8.0, 0.1, 60), (0.5, 1.0, 3)]
+    ("target", "q", "steps"),
+    [
+        (1.0, 0.01, 500),
+        pytest.param(8.0, 0.1, 60, marks=pytest.mark.slow),
+        (0.5, 1.0, 3),
+    ],
 )
 def test_the_noise_that_a_target_takes(target: float, q: float, steps: int) -> None:
     found = noise_multiplier_for(target, 1e-5, sampling_probability=q, steps=steps)

@@ -314,6 +314,7 @@ def test_a_log_that_was_rewritten_or_shortened_is_found_out(
 # --- what a broker proves ---------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_broker_proves_what_it_runs_before_it_gets_a_key(
     start: Callable[..., Started], alone: Command, tmp_path: Path
 ) -> None:

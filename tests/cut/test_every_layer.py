@@ -17,6 +17,8 @@ _NARROW = {
     "mobilenetv2": (32, 4, 34),
     "efficientnet-lite0": (32, 8, 30),
 }
+# The others show a chain with branches, a residual network and attention on every day.
+LONG = {"vgg16", "mobilenetv2"}
 _FULL = {
     "vgg16": 36,
     "resnet50": 158,
@@ -26,7 +28,10 @@ _FULL = {
 }
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name in ARCHITECTURES],
+)
 def test_every_cut_of_a_narrow_model_is_the_whole(name: str) -> None:
     size, scale, cuts = _NARROW[name]
     model, inputs, expected = make(name, size, scale=scale)

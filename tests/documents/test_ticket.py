@@ -74,7 +74,7 @@ def test_a_ticket_and_its_use() -> None:
     plain.verify(ticket)
 
 
-WRONG = {
+WRONG: dict[str, dict[str, object]] = {
     "no queries": {"queries": 0},
     "too many queries": {"queries": MAX_QUERIES + 1},
     "queries that are no number": {"queries": "ten"},

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 PROGRAM = """
 import resource, sys
 import torch
@@ -28,6 +30,7 @@ sys.stdout.write(f"{given_back} {kept}")
 """
 
 
+@pytest.mark.slow
 def test_large_blocks_are_used_again() -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM], check=True, capture_output=True)
     given_back, kept = map(int, done.stdout.split())

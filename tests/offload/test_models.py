@@ -153,8 +153,9 @@ def test_masked_inference(case: Case) -> None:
     assert torch.equal(found.argmax(-1), reference.argmax(-1))
 
 
+@pytest.mark.slow
 @pytest.mark.processes
-@pytest.mark.parametrize("scheme", ["measured", pytest.param("masked", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("scheme", ["measured", "masked"])
 def test_the_benchmark_reports_its_figures(scheme: str, tmp_path: Any) -> None:
     if not known(scheme):
         pytest.skip(f"scheme {scheme} is not there")

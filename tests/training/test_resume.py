@@ -221,6 +221,7 @@ sys.stdout.write(state.hexdigest() + json.dumps(result.metrics, sort_keys=True))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_processes_agree_whatever_the_global_generators(
     make_recipe: MakeRecipe, tmp_path: Path

@@ -433,7 +433,8 @@ def test_an_older_store_learns_which_manifests_belong_together(tmp_path: Path) -
         store.run(lambda tx: tx.add_asset("sha256:" + "1" * 64, "x", "alice", "{}", b"k"))
     engine = sa.create_engine(f"sqlite:///{path}")
     with engine.begin() as connection:
-        connection.execute(sa.text("DROP TABLE lineages"))
+        for table in ("lineages", "states", "watches", "revocations"):
+            connection.execute(sa.text(f"DROP TABLE {table}"))
         connection.execute(sa.text(f"UPDATE {VERSION_TABLE} SET version_num = '0001'"))
     engine.dispose()
     with Store.open(path) as store:

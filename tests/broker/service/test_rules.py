@@ -90,6 +90,7 @@ GOOD_TERMS: dict[str, Any] = {
     "outputs": ["model", "metrics"],
     "purposes": ["care"],
     "uses": 3,
+    "serving": None,
     "expires": AFTER,
     "price": None,
     "approval": "terms",
@@ -106,6 +107,8 @@ TERMS: dict[str, st.SearchStrategy[Any]] = {
     "outputs": st.sampled_from([[], ["model"], ["table"], ["metrics", "table"]]),
     "purposes": st.sampled_from([[], ["profit"], ["profit", "care"]]),
     "uses": st.integers(0, 3),
+    # No demand of a job that trains or runs a program.
+    "serving": st.sampled_from([None, {"outputs": {"form": "label"}, "tickets": True}]),
     "expires": st.just(BEFORE),
     "price": st.just({"amount": 100, "currency": "EUR"}),
     "approval": st.just("owner"),
