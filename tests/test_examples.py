@@ -82,6 +82,7 @@ def test_private_training(tmp_path: Path) -> None:
     assert event["secure"] is True
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("program_layers")
 def test_program_job(tmp_path: Path) -> None:
     statistics = json.loads(_run("program_job/play.py", tmp_path / "x")[-1])

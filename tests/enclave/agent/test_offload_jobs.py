@@ -306,6 +306,7 @@ def run(ctx):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("program_layers")
 @pytest.mark.parametrize("scheme", BOTH)
 def test_a_program_trains_on_accelerators_that_it_has_no_way_to(
