@@ -19,8 +19,23 @@ from cenacle.errors import CenacleError, InputError
 if TYPE_CHECKING:
     from cenacle.attestation.registry import Attester
 
-__all__ = ["CollateralOption", "Hardware", "TctiOption", "choose_hardware", "hardware_reference"]
+__all__ = [
+    "CollateralOption",
+    "EvidenceOption",
+    "Hardware",
+    "TctiOption",
+    "choose_hardware",
+    "hardware_reference",
+]
 
+EvidenceOption = Annotated[
+    str,
+    typer.Option(
+        "--evidence",
+        help="Kind of evidence to make: contract (the strongest that it accepts and this "
+        "machine can make), or one of its kinds.",
+    ),
+]
 TctiOption = Annotated[
     str | None,
     typer.Option(

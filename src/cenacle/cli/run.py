@@ -13,7 +13,7 @@ import typer
 
 from cenacle.broker.client import BrokerClient
 from cenacle.broker.receipts import OpenedContract
-from cenacle.cli.evidence import CollateralOption, TctiOption, choose_hardware
+from cenacle.cli.evidence import CollateralOption, EvidenceOption, TctiOption, choose_hardware
 from cenacle.cli.home import Home
 from cenacle.cli.machine import EnclaveOption, ImageOption, Machine
 from cenacle.cli.options import AsOption, BrokerOption, ContractArgument
@@ -147,13 +147,7 @@ def run(
     ] = "contract",
     where: EnclaveOption = "process",
     image: ImageOption = None,
-    evidence: Annotated[
-        str,
-        typer.Option(
-            help="Kind of evidence to make: contract (the strongest that it accepts and this "
-            "machine can make), or one of its kinds."
-        ),
-    ] = "contract",
+    evidence: EvidenceOption = "contract",
     tcti: TctiOption = None,
     collateral: CollateralOption = None,
     broker: BrokerOption = "default",

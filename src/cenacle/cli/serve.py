@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from cenacle.cli.evidence import CollateralOption, TctiOption
+from cenacle.cli.evidence import CollateralOption, EvidenceOption, TctiOption
 from cenacle.cli.home import Home
 from cenacle.cli.machine import EnclaveOption, ImageOption
 from cenacle.cli.options import BrokerOption, ContractArgument
@@ -94,13 +94,7 @@ def serve(
     ] = None,
     where: EnclaveOption = "process",
     image: ImageOption = None,
-    evidence: Annotated[
-        str,
-        typer.Option(
-            help="Kind of evidence to make: contract (the strongest that it accepts and this "
-            "machine can make), or one of its kinds."
-        ),
-    ] = "contract",
+    evidence: EvidenceOption = "contract",
     tcti: TctiOption = None,
     collateral: CollateralOption = None,
     broker: BrokerOption = "default",

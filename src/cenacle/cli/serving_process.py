@@ -23,16 +23,7 @@ class BackgroundService:
     """
 
     def __init__(self, actor: Actor, *arguments: str) -> None:
-        command = ("serve", *arguments)
-        actor.stage.show(actor.name, command, end=" &")
-        self._process = subprocess.Popen(
-            [*actor._command(command), "--json"],
-            cwd=actor.folder,
-            env=actor.stage.environment(actor),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        self._process = actor.start("serve", *arguments)
         assert self._process.stdout is not None
         found: dict[str, Any] = {}
         for text in self._process.stdout:

@@ -150,6 +150,18 @@ class Actor:
             raise CenacleError.from_dict(answer)
         return answer
 
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """Show a command and leave it running; it tells what happens as JSON on its output."""
+        self.stage.show(self.name, arguments, end=" &")
+        return subprocess.Popen(
+            [*self._command(arguments), "--json"],
+            cwd=self.folder,
+            env=self.stage.environment(self),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
     @staticmethod
     def _command(arguments: tuple[str, ...]) -> list[str]:
         return [sys.executable, "-m", "cenacle", *arguments]
@@ -159,16 +171,7 @@ class BackgroundBroker:
     """``cenacle broker start`` as a process of its own, stopped at the end."""
 
     def __init__(self, actor: Actor, *arguments: str) -> None:
-        command = ("broker", "start", *arguments)
-        actor.stage.show(actor.name, command, end=" &")
-        self._process = subprocess.Popen(
-            [*actor._command(command), "--json"],
-            cwd=actor.folder,
-            env=actor.stage.environment(actor),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        self._process = actor.start("broker", "start", *arguments)
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         answer = json.loads(line or "{}")

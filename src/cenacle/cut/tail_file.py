@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from onnx import ModelProto, TensorProto
 
@@ -25,7 +24,7 @@ from cenacle.cut.tail_format import (
 from cenacle.cut.tail_graph import LOCATION, MAX_GRAPH_BYTES, check_graph
 from cenacle.errors import DataError, InputError
 from cenacle.sealing.disk import AtomicFile, disk_errors, pwrite_all
-from cenacle.sealing.safetensors_format import MAX_HEADER_BYTES, check_name
+from cenacle.sealing.safetensors_format import check_name, place_tensors
 
 __all__ = ["SEGMENT_BYTES", "write_tail"]
 
@@ -33,7 +32,6 @@ SEGMENT_BYTES: Final = 1 << 24
 """Weights of a segment. Paging holds two segments at a time, and calls ONNX Runtime for each."""
 
 _LEAST_SEGMENT: Final = 1 << 10
-_ALIGNMENT: Final = 64
 
 
 def write_tail(tail: OnnxModel, path: Path, *, segment_bytes: int = SEGMENT_BYTES) -> str:
@@ -133,29 +131,12 @@ def _whole(model: ModelProto, stored: dict[str, TensorProto]) -> bytes:
 
 def _header(stored: dict[str, TensorProto], blobs: dict[str, bytes]) -> bytes:
     """As :func:`cenacle.sealing.safetensors_format.build_header`, in the order of the segments."""
-    fields: dict[str, Any] = {}
-    position = 0
-    sizes = [
+    sizes: list[tuple[str, str, Sequence[int], int]] = [
         (name, SAFETENSORS_NAMES[tensor.data_type], list(tensor.dims), tensor_bytes(tensor))
         for name, tensor in stored.items()
     ]
     sizes += [(name, "U8", [len(blob)], len(blob)) for name, blob in blobs.items()]
-    for name, dtype, shape, size in sizes:
-        fields[name] = {
-            "dtype": dtype,
-            "shape": shape,
-            "data_offsets": [position, position + size],
-        }
-        position += size
-    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
-    if len(text) > MAX_HEADER_BYTES:
-        raise DataError(
-            "the tail has too many weights for one file",
-            found=f"a header of {len(text)} bytes",
-            expected=f"at most {MAX_HEADER_BYTES}",
-        )
-    return len(text).to_bytes(8, "little") + text
+    return place_tensors(sizes)
 
 
 def _write(path: Path, stored: dict[str, TensorProto], blobs: dict[str, bytes]) -> str:

@@ -13,6 +13,7 @@ next one read. A stream that is not one of frames raises, and cannot be read any
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Annotated, Any, Final, Literal
 
@@ -65,7 +66,7 @@ def _bad(found: str, expected: str) -> DataError:
     )
 
 
-class _Plain(Frozen):
+class _Plain(Frozen, ABC):
     """The header of a message that ends with it."""
 
     def read(self, payload: memoryview) -> Message:
@@ -73,8 +74,9 @@ class _Plain(Frozen):
             raise _bad("bytes after a header that announces none", "nothing")
         return self.message()
 
+    @abstractmethod
     def message(self) -> Message:
-        raise NotImplementedError
+        """What it says."""
 
 
 class _InferHeader(Frozen):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -24,6 +24,7 @@ __all__ = [
     "check_name",
     "header_bytes",
     "parse_header",
+    "place_tensors",
 ]
 
 MAX_HEADER_BYTES: Final = 100_000_000  # the reference implementation's bound
@@ -183,12 +184,26 @@ def build_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[by
         DataError: an unusable name or dtype.
     """
     names = sorted(tensors, key=lambda name: (-DTYPE_BYTES[tensors[name][0]], name))
-    fields: dict[str, Any] = {}
-    position = 0
+    placed = []
     for name in names:
         check_name(name)
         dtype, shape = tensors[name]
-        size = DTYPE_BYTES[dtype] * math.prod(shape)
+        placed.append((name, dtype, shape, DTYPE_BYTES[dtype] * math.prod(shape)))
+    return place_tensors(placed), names
+
+
+def place_tensors(tensors: Iterable[tuple[str, str, Sequence[int], int]]) -> bytes:
+    """The header of tensors whose bytes follow it in this order, padded as :func:`build_header`'s.
+
+    Args:
+        tensors: name, dtype, shape and number of bytes of each.
+
+    Raises:
+        DataError: there are too many.
+    """
+    fields: dict[str, Any] = {}
+    position = 0
+    for name, dtype, shape, size in tensors:
         fields[name] = {
             "dtype": dtype,
             "shape": list(shape),
@@ -203,7 +218,7 @@ def build_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[by
             found=f"a header of {len(text)} bytes",
             expected=f"at most {MAX_HEADER_BYTES}",
         )
-    return len(text).to_bytes(8, "little") + text, names
+    return len(text).to_bytes(8, "little") + text
 
 
 def check_name(name: str) -> None:
